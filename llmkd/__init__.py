@@ -1,0 +1,20 @@
+"""llmkd: distillation and alignment on soft labels, with Hugging Face trainers."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmkd.trainers import SaltConfig as SaltConfig
+    from llmkd.trainers import SaltTrainer as SaltTrainer
+
+__version__ = "0.1.0"
+__all__ = ["SaltConfig", "SaltTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `llmkd --help` does not wait for torch.
+    if name in __all__:
+        return getattr(import_module("llmkd.trainers"), name)
+    raise AttributeError(f"module 'llmkd' has no attribute {name!r}")

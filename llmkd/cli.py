@@ -1,0 +1,197 @@
+"""`llmkd <verb>`: every verb has `--help`, every mistake one error without a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from llmkd import __version__
+from llmkd.errors import LlmkdError
+
+VERBS = {
+    "salt": "pretrain a model with a small model's soft labels (SALT), arm by arm",
+    "select": "score the rows of a recipe by a selection and draw the histogram",
+    "resume": "go on with an interrupted run, knowing only its folder",
+    "eval": "run evaluation-harness tasks on models, side by side",
+    "report": "make report.html of a run folder again",
+    "push": "push a finished run folder to the Hub, with its card",
+}
+LAUNCH_FLAGS = ("--accelerate_config", "--num_processes")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 1 a mistake in the input, 2 wrong usage."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"llmkd {__version__}")
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"llmkd: no verb {verb!r}{hint}\n\n{_overview()}", file=sys.stderr)
+        return 2
+    try:
+        return _run(verb, rest)
+    except LlmkdError as error:
+        print(f"llmkd {verb}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nllmkd {verb}: stopped; the same command goes on from the last checkpoint")
+        return 130
+
+
+def _overview() -> str:
+    lines = [f"  llmkd {verb:<8} {text}" for verb, text in VERBS.items()]
+    return (
+        "usage: llmkd VERB ...\n\nDistillation and alignment on soft labels.\n\n"
+        + "\n".join(lines)
+        + "\n\n`llmkd VERB --help` lists what a verb takes. Recipes that come with llmkd:\n"
+        + "\n".join(f"  {path}" for path in _recipes())
+    )
+
+
+def _recipes() -> list[str]:
+    from llmkd.shipped import shipped_recipes
+
+    return [os.path.relpath(path) for path in shipped_recipes()]
+
+
+def _run(verb: str, words: list[str]) -> int:
+    handlers: dict[str, Callable[[list[str]], int]] = {
+        "salt": _salt,
+        "select": _select,
+        "resume": _resume,
+        "eval": _eval,
+        "report": _report,
+        "push": _push,
+    }
+    if verb in ("salt", "select", "resume") and not {"-h", "--help", "--help_all"} & set(words):
+        from llmkd.launch import split_launch
+
+        config, processes, words = split_launch(words)
+        if config is not None or processes is not None:
+            from llmkd.launch import relaunch
+
+            return relaunch(verb, words, config, processes)
+    return handlers[verb](words)
+
+
+def _quiet_libraries() -> None:
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # DeepSpeed announces at import that there is no GPU; whoever runs on a CPU knows.
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # "Writing model shards" and the like; training keeps its bar
+
+
+def _salt(words: list[str]) -> int:
+    _quiet_libraries()
+    from llmkd.methods import salt
+    from llmkd.methods.salt_config import TYPES
+
+    if _wants_help("salt", words, TYPES):
+        return 0
+    salt.main(words)
+    return 0
+
+
+def _select(words: list[str]) -> int:
+    _quiet_libraries()
+    from llmkd.methods.recipe import read_recipe
+    from llmkd.methods.salt_config import TYPES, with_absolute_paths
+    from llmkd.methods.salt_select import select
+
+    if _wants_help("select", words, TYPES):
+        return 0
+    select(with_absolute_paths(read_recipe(words, TYPES)))
+    return 0
+
+
+def _wants_help(verb: str, words: list[str], types: tuple[type, ...]) -> bool:
+    from llmkd.methods.recipe import help_text
+
+    if not {"-h", "--help", "--help_all"} & set(words):
+        return False
+    print(help_text(f"llmkd {verb}", VERBS[verb], types, everything="--help_all" in words))
+    return True
+
+
+def _resume(words: list[str]) -> int:
+    parser = argparse.ArgumentParser("llmkd resume", description=VERBS["resume"])
+    parser.add_argument("folder", help="run folder (holds recipe.yaml), or one arm of it")
+    args = parser.parse_args(words)
+    _quiet_libraries()
+    from llmkd.methods.salt import resume
+
+    resume(args.folder)
+    return 0
+
+
+def _eval(words: list[str]) -> int:
+    from llmkd.evaluation import cli
+
+    parser = argparse.ArgumentParser("llmkd eval", description=VERBS["eval"])
+    cli.add_arguments(parser)
+    args = parser.parse_args(words)
+    _quiet_libraries()
+    code = cli.main(args)
+    _remake_report(args.model)
+    return code
+
+
+def _remake_report(folder: str) -> None:
+    from pathlib import Path
+
+    if (Path(folder) / "run.json").is_file() and (Path(folder) / "report.html").is_file():
+        from llmkd.evaluation.report import write_report
+
+        write_report(Path(folder))
+
+
+def _report(words: list[str]) -> int:
+    from pathlib import Path
+
+    from llmkd.errors import MissingFileError
+
+    parser = argparse.ArgumentParser("llmkd report", description=VERBS["report"])
+    parser.add_argument("folder", help="run folder, of one run or of several arms")
+    args = parser.parse_args(words)
+    if not (Path(args.folder) / "run.json").is_file():
+        raise MissingFileError.of("folder", args.folder, "holds no run.json", "name a run folder")
+    from llmkd.evaluation.report import write_report
+
+    print(write_report(Path(args.folder)))
+    return 0
+
+
+def _push(words: list[str]) -> int:
+    from pathlib import Path
+
+    parser = argparse.ArgumentParser("llmkd push", description=VERBS["push"])
+    parser.add_argument("folder", help="finished run folder of one model")
+    parser.add_argument("repo", help="Hub id, owner/name")
+    parser.add_argument("--private", action="store_true", help="make a new repo private")
+    parser.add_argument("--revision", help="branch to push to (default: main)")
+    args = parser.parse_args(words)
+    from llmkd.hub import check_hub, push_run
+
+    check_hub(args.repo, None)
+    url = push_run(Path(args.folder), args.repo, private=args.private, revision=args.revision)
+    print(f"pushed to {url}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

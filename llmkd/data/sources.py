@@ -1,0 +1,276 @@
+"""From what the recipe names to documents: rows with `text`, split into train and held out."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset, interleave_datasets, load_dataset
+
+from llmkd.data.config import STDLIB, DataConfig
+from llmkd.data.stdlib_corpus import stdlib_documents
+from llmkd.errors import DataError, MissingFileError
+
+logger = logging.getLogger(__name__)
+
+LOADERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Text before the tokenizer. `train` may be a stream; `held_out` never is."""
+
+    train: Dataset | IterableDataset
+    held_out: Dataset
+
+
+def load_documents(config: DataConfig) -> Documents:
+    """Read, check and split the text a recipe names.
+
+    Raises MissingFileError for a path that leads nowhere, DataError for a missing, empty or
+    non-text column and for too few documents to split.
+    """
+    if config.mixture:
+        train = _mixture(config)
+    else:
+        train = _load(config, config.dataset, config.train_split, streaming=config.streaming)
+    if config.eval_dataset or config.eval_split:
+        name = config.eval_dataset or config.dataset
+        split = config.eval_split or "train"
+        held_out = _load(config, name, split, streaming=False)
+        assert isinstance(held_out, Dataset)
+        return Documents(_capped(_shuffled(train, config), config), held_out)
+    if isinstance(train, Dataset):
+        return _split(train, config)
+    rows = max(config.max_eval_rows or 256, 1)
+    logger.info("held out: the first %d documents of the stream", rows)
+    kept = list(train.take(rows))
+    if len(kept) < rows:
+        raise DataError.of(
+            "dataset",
+            config.source,
+            f"the stream ends after {len(kept)} documents, before the {rows} held-out ones",
+            "name held-out text: --eval_split or --eval_dataset",
+            "set max_eval_rows lower",
+        )
+    return Documents(train.skip(rows), Dataset.from_list(kept))
+
+
+def _split(rows: Dataset, config: DataConfig) -> Documents:
+    if len(rows) < 2:
+        raise DataError.of(
+            "dataset",
+            config.source,
+            f"{len(rows)} document(s); at least 2 are needed to hold one out",
+            "for one long text file: split it into documents separated by blank lines",
+            "name held-out text: --eval_dataset",
+        )
+    rows = rows.shuffle(seed=config.split_seed) if config.dataset != STDLIB else rows
+    count = min(max(1, round(len(rows) * config.eval_fraction)), len(rows) - 1)
+    train = rows.select(range(count, len(rows)))
+    return Documents(_capped(train, config), rows.select(range(count)))
+
+
+def _shuffled(rows: Dataset | IterableDataset, config: DataConfig) -> Dataset | IterableDataset:
+    return rows.shuffle(seed=config.split_seed) if isinstance(rows, Dataset) else rows
+
+
+def _capped(rows: Dataset | IterableDataset, config: DataConfig) -> Dataset | IterableDataset:
+    if config.max_train_documents is None:
+        return rows
+    if isinstance(rows, IterableDataset):
+        return rows.take(config.max_train_documents)
+    return rows.select(range(min(config.max_train_documents, len(rows))))
+
+
+def _load(
+    config: DataConfig,
+    name: str,
+    split: str,
+    *,
+    streaming: bool,
+    subset: str | None = None,
+    revision: str | None = None,
+    column: str | None = None,
+) -> Dataset | IterableDataset:
+    column = column or config.text_column
+    if name == STDLIB:
+        rows = Dataset.from_list(stdlib_documents(config.split_seed))
+        return rows.to_iterable_dataset() if streaming else rows
+    path = Path(name).expanduser()
+    if path.exists():
+        rows = _local(path, split, streaming=streaming)
+    elif _looks_like_path(name):
+        raise MissingFileError.of(
+            "dataset",
+            name,
+            f"no such file or folder (looked at {path.absolute()})",
+            "check the path; relative ones start at the working directory",
+            "a Hub dataset is written owner/name",
+        )
+    else:
+        rows = _hub(
+            name,
+            subset or config.dataset_config,
+            revision or config.dataset_revision,
+            split,
+            streaming=streaming,
+        )
+    return _text_only(rows, column, name)
+
+
+def _looks_like_path(name: str) -> bool:
+    # `owner/name` is a Hub id; an ending we could read, or more slashes, is a path.
+    suffixes = [suffix for suffix in Path(name).suffixes if suffix in LOADERS or suffix == ".gz"]
+    return bool(suffixes) or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _local(path: Path, split: str, *, streaming: bool) -> Dataset | IterableDataset:
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    kinds = {_kind(file): file for file in files if _kind(file)}
+    if not kinds:
+        raise DataError.of(
+            "dataset", str(path), "no file llmkd can read", f"endings: {', '.join(sorted(LOADERS))}"
+        )
+    if len(kinds) > 1:
+        names = ", ".join(str(file.name) for file in kinds.values())
+        raise DataError.of("dataset", str(path), f"files of several kinds in one folder: {names}")
+    kind = next(iter(kinds))
+    readable = [file for file in files if _kind(file)]
+    if kind == "text":
+        rows = Dataset.from_list(
+            [row for file in readable for row in _paragraph_documents(file)]
+            or [{"text": "", "id": ""}]
+        )
+        return rows.to_iterable_dataset() if streaming else rows
+    options: dict[str, Any] = {"sep": "\t"} if readable[0].suffix == ".tsv" else {}
+    try:
+        return load_dataset(
+            kind,
+            data_files={split: [str(file) for file in readable]},
+            split=split,
+            streaming=streaming,
+            **options,
+        )
+    except Exception as error:
+        raise DataError.of(
+            "dataset", str(path), f"cannot be read as {kind}: {_last_line(error)}"
+        ) from error
+
+
+def _kind(file: Path) -> str | None:
+    suffix = Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
+    return LOADERS.get(suffix)
+
+
+def _paragraph_documents(file: Path) -> list[dict[str, str]]:
+    """Documents of a plain text file: what stands between three or more line ends, packed up to
+    about 8,000 characters, so that one long book can be split into train and held-out parts."""
+    opener = gzip.open if file.suffix == ".gz" else open
+    try:
+        with opener(file, "rt", encoding="utf-8") as handle:
+            blocks = handle.read().split("\n\n")
+    except (UnicodeDecodeError, OSError) as error:
+        raise DataError.of("dataset", str(file), f"is not UTF-8 text: {error}") from error
+    rows: list[dict[str, str]] = []
+    pending: list[str] = []
+    size = 0
+    for block in itertools.chain(blocks, [None]):
+        if block is None or size + len(block) > 8000:
+            text = "\n\n".join(pending)
+            if text.strip():
+                rows.append({"text": text, "id": f"{file.name}#{len(rows)}"})
+            pending, size = [], 0
+        if block is not None:
+            pending.append(block)
+            size += len(block) + 2
+    return rows
+
+
+def _hub(
+    name: str, subset: str | None, revision: str | None, split: str, *, streaming: bool
+) -> Dataset | IterableDataset:
+    try:
+        return load_dataset(name, subset, revision=revision, split=split, streaming=streaming)
+    except Exception as error:
+        raise DataError.of(
+            "dataset",
+            name,
+            f"the Hub dataset (config {subset!r}, split {split!r}) cannot be loaded: "
+            f"{_last_line(error)}",
+            "check id, config and split on the Hub; a gated one needs `hf auth login`",
+            "a local path starts with ./ or ends in .jsonl, .parquet, .txt or .csv",
+            "without network: --dataset stdlib",
+        ) from error
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1][:300]
+
+
+def _text_only(
+    rows: Dataset | IterableDataset, column: str, name: str
+) -> Dataset | IterableDataset:
+    """Keep the text column as `text`; DataError where it is missing, not text, or empty all
+    through.
+    """
+    columns = rows.column_names or list(next(iter(rows), {}))
+    if column not in columns:
+        raise DataError.of(
+            "text_column",
+            column,
+            f"{name} has no such column; it has {', '.join(sorted(columns)) or 'none'}",
+            *(f"--text_column {other}" for other in sorted(columns)[:3]),
+        )
+    rows = rows.select_columns([column])
+    if column != "text":
+        rows = rows.rename_column(column, "text")
+    head = list(rows.take(100)) if isinstance(rows, IterableDataset) else rows[:100]["text"]
+    head = [row["text"] if isinstance(row, dict) else row for row in head]
+    wrong = [value for value in head if value is not None and not isinstance(value, str)]
+    if wrong:
+        raise DataError.of(
+            "text_column", column, f"{name} holds {type(wrong[0]).__name__} there, not text"
+        )
+    rows = rows.filter(_has_text, input_columns=["text"])
+    if (isinstance(rows, Dataset) and len(rows) == 0) or not any(map(_has_text, head)):
+        raise DataError.of("text_column", column, f"{name} holds no text there: every row is empty")
+    return rows
+
+
+def _has_text(text: str | None) -> bool:
+    return bool(text and text.strip())
+
+
+def _mixture(config: DataConfig) -> Dataset | IterableDataset:
+    parts, weights = [], []
+    for part in config.mixture:
+        parts.append(
+            _load(
+                config,
+                part["id"],
+                part.get("split", config.train_split),
+                streaming=config.streaming,
+                subset=part.get("config"),
+                revision=part.get("revision"),
+                column=part.get("text_column"),
+            )
+        )
+        weights.append(float(part["weight"]))
+    parts = [rows.select_columns(["text"]) for rows in parts]
+    shares = [weight / sum(weights) for weight in weights]
+    return interleave_datasets(parts, probabilities=shares, seed=config.split_seed)

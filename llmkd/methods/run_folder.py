@@ -1,0 +1,204 @@
+"""A run folder describes itself: what made it, how far it came, what it cost."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmkd.errors import RunFolderError
+from llmkd.files import digest, read_json, write_json, write_text
+
+PACKAGES = ("llmkd", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed")
+# Keys that decide where and how a run is written down, not what it computes.
+NOT_THE_RESULT = (
+    "output_dir logging_dir logging_steps logging_first_step logging_strategy disable_tqdm "
+    "report_to run_name project push_to_hub hub_token hub_private_repo hub_model_id hub_strategy "
+    "hub_always_push hub_revision save_steps save_strategy save_total_limit save_only_model "
+    "resume_from_checkpoint overwrite_run log_level log_level_replica dataloader_num_workers "
+    "do_train do_eval do_predict arms local_rank trackio_space_id lm_eval_tasks"
+).split()
+
+
+def result_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide a result, secrets and book-keeping left out."""
+    return {key: value for key, value in settings.items() if key not in NOT_THE_RESULT}
+
+
+def settings_key(settings: dict[str, Any], *facts: Any) -> str:
+    """Hash of the settings that decide a result, and of further `facts` (data, teacher)."""
+    return digest([result_settings(settings), *facts])
+
+
+class RunFolder:
+    """One model's folder; only the main process writes."""
+
+    def __init__(self, path: Path, *, main: bool) -> None:
+        self.path = path
+        self.main = main
+        self._began = time.monotonic()
+
+    def facts(self) -> dict[str, Any] | None:
+        """`run.json`, or None where no run began."""
+        return read_json(self.path / "run.json")
+
+    def finished(self, key: str) -> bool:
+        """Whether this very run stands here, done."""
+        facts = self.facts()
+        return bool(facts and facts["status"] == "done" and facts["key"] == key)
+
+    def claim(self, key: str, settings: dict[str, Any], *, overwrite: bool) -> None:
+        """Refuse a folder that holds another run or other files; RunFolderError says what differs.
+
+        Safe on every rank: nothing is written.
+        """
+        facts = self.facts()
+        if facts is None:
+            strangers = (
+                [p.name for p in self.path.glob("*.safetensors")] if self.path.is_dir() else []
+            )
+            if strangers:
+                raise RunFolderError.of(
+                    "output_dir",
+                    str(self.path),
+                    f"holds a model that no llmkd run wrote ({strangers[0]})",
+                    "choose another --output_dir",
+                )
+            return
+        if facts["key"] == key or overwrite:
+            return
+        old = facts.get("settings", {})
+        changed = [name for name in {*old, *settings} if old.get(name) != settings.get(name)]
+        changed = sorted(name for name in changed if name not in NOT_THE_RESULT)
+        shown = ", ".join(f"{n}: {old.get(n)!r} -> {settings.get(n)!r}" for n in changed[:4])
+        raise RunFolderError.of(
+            "output_dir",
+            str(self.path),
+            f"holds another recipe's run ({shown or 'other data, teacher or software'})",
+            "choose another --output_dir",
+            "--overwrite_run true deletes the old run",
+        )
+
+    def begin(self, key: str, facts: dict[str, Any], recipe: dict[str, Any]) -> None:
+        """Write `recipe.yaml` and `run.json` with status running; keeps the wall time of earlier
+        parts.
+        """
+        if not self.main:
+            return
+        before = self.facts() or {}
+        same = before.get("key") == key
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+        self._write(
+            {
+                "schema": 1,
+                "status": "running",
+                "key": key,
+                **facts,
+                "versions": versions(),
+                "git": git_revision(),
+                "command": " ".join(Path(a).name if i == 0 else a for i, a in enumerate(command())),
+                "wall_seconds": before.get("wall_seconds", 0.0) if same else 0.0,
+                "resumed": before.get("resumed", 0) + 1 if same else 0,
+            }
+        )
+
+    def clear(self) -> None:
+        """Delete an old run's files (called only after `claim` with overwrite)."""
+        if self.main and self.path.is_dir():
+            shutil.rmtree(self.path)
+
+    def end(self, **facts: Any) -> None:
+        """Add what the run cost and mark it done."""
+        if self.main:
+            self._write({**self._timed(), **facts, "status": "done"})
+
+    def _timed(self) -> dict[str, Any]:
+        known = self.facts() or {}
+        seconds = known.get("wall_seconds", 0.0) + time.monotonic() - self._began
+        return {
+            **known,
+            "wall_seconds": round(seconds, 1),
+            "peak_memory_bytes": max(peak_memory(), known.get("peak_memory_bytes", 0)),
+        }
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        write_json(self.path / "run.json", facts)
+
+
+def peak_memory() -> int:
+    """Largest memory of this process so far in bytes: the GPU's where there is one, else
+    resident.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides a result."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """Revision of the checkout llmkd runs from, with + where it was changed; None for a wheel."""
+    here = Path(__file__).resolve().parent.parent.parent
+    if not (here / ".git").exists():
+        return None
+    try:
+        ask = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"]
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def command() -> list[str]:
+    """The command line without any token's value."""
+    words, hidden = [], False
+    for word in sys.argv:
+        words.append("***" if hidden else word.split("=")[0] + "=***" if _secret(word) else word)
+        hidden = word.lstrip("-").replace("-", "_") == "hub_token"
+    return words
+
+
+def _secret(word: str) -> bool:
+    return "=" in word and word.lstrip("-").replace("-", "_").startswith("hub_token=")
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """RunFolderError where the disk below `folder` has less than `needed` bytes free."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK):
+        raise RunFolderError.of(
+            "output_dir", str(folder), f"cannot be written to ({place})", "choose another folder"
+        )
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise RunFolderError.of(
+            "output_dir",
+            str(folder),
+            f"has {free / 2**30:.1f} GiB free, the run needs about {needed / 2**30:.1f} GiB for "
+            f"its "
+            "model and checkpoints",
+            "choose a folder on a larger disk",
+            "lower save_total_limit, or set save_strategy to no",
+        )

@@ -1,0 +1,87 @@
+"""SALT, arXiv 2410.18779: small LM -> (selection) -> KD stage -> plain training, arm by arm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+
+from llmkd.data import load_documents
+from llmkd.errors import MissingFileError
+from llmkd.evaluation.compare import as_json, compare, print_table
+from llmkd.evaluation.report import write_report
+from llmkd.files import read_json, write_json
+from llmkd.hub import push_run
+from llmkd.methods.recipe import Recipe, read_recipe
+from llmkd.methods.salt_config import TYPES, check_recipe, with_absolute_paths
+from llmkd.methods.salt_plan import Plan, make_rows, make_tokenizer
+from llmkd.methods.salt_select import choose_rows
+from llmkd.methods.salt_teacher import check_given_teacher, give_teacher, small_lm
+from llmkd.methods.stage import Stage, student_config, train
+
+BASELINE = "baseline"
+
+
+def main(argv: Sequence[str]) -> Path:
+    """`llmkd salt RECIPE [--key value ...]`; returns the run's folder."""
+    return run(with_absolute_paths(read_recipe(argv, TYPES)))
+
+
+def run(recipe: Recipe) -> Path:
+    """The whole method. A second call with the same recipe goes on where the first one stopped."""
+    check_recipe(recipe)
+    plan = Plan.of(recipe)
+    plan.claim()
+    documents = load_documents(plan.data)
+    plan.tokenizer = make_tokenizer(plan, documents)
+    plan.rows = make_rows(plan, documents)
+    stages = [plan.stage(name, changes) for name, changes in plan.arms.items()]
+    for stage in stages:
+        student_config(stage)  # refuse a bad model before the small LM is trained
+        check_given_teacher(plan, stage)
+    plan.begin()
+    teacher = small_lm(plan)
+    for stage in stages:
+        give_teacher(plan, stage, teacher)
+        stage.first, stage.selection_flops = choose_rows(plan, stage, teacher)
+        train(stage)
+    finish(plan, stages)
+    return plan.folder
+
+
+def resume(folder: str) -> Path:
+    """`llmkd resume FOLDER`: the recipe in the folder, run again; an arm's folder means its
+    parent.
+    """
+    path = Path(folder).absolute()
+    parent = read_json(path.parent / "run.json") or {}
+    if path.name in [*parent.get("arms", []), "teacher"]:
+        path = path.parent
+    if not (path / "recipe.yaml").is_file():
+        raise MissingFileError.of("folder", folder, "holds no recipe.yaml", "name a run folder")
+    return main([str(path / "recipe.yaml"), "--output_dir", str(path)])
+
+
+def finish(plan: Plan, stages: list[Stage]) -> None:
+    """Table, pictures, report and, where asked for, the push to the Hub. Main process only."""
+    if plan.main:
+        folders = {stage.name: stage.folder for stage in stages}
+        results = compare(folders, BASELINE)
+        if plan.several:
+            old = read_json(plan.folder / "eval.json") or {}
+            write_json(plan.folder / "eval.json", {**old, "arms": as_json(results)})
+            plan.run.end(tokens=sum(result.tokens for result in results))
+        write_report(plan.folder)
+        print_table(results, BASELINE)
+        plan.say(f"report: {plan.folder / 'report.html'}")
+        if plan.training.push_to_hub:
+            url = push_run(
+                stages[-1].folder,
+                plan.training.hub_model_id or "",
+                token=plan.training.hub_token,
+                private=bool(plan.training.hub_private_repo),
+                revision=plan.training.hub_revision,
+            )
+            plan.say(f"pushed to {url}")
+    PartialState().wait_for_everyone()

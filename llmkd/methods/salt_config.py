@@ -1,0 +1,170 @@
+"""Recipe keys of `llmkd salt` beyond data, student, selection and training; and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmkd.data import DataConfig
+from llmkd.data.config import STDLIB, from_json
+from llmkd.errors import RecipeError, TeacherError
+from llmkd.hub import check_hub
+from llmkd.methods.recipe import Recipe
+from llmkd.models.build import StudentConfig
+from llmkd.selection import SelectionConfig
+from llmkd.selection import find as find_selection
+from llmkd.trainers import SaltConfig
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """The small LM and the arms of the run."""
+
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The small LM: Hub id or folder with the student's tokenizer."},
+    )
+    teacher_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a Hub teacher."}
+    )
+    teacher_model_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Pretrain the small LM first, on the student's own stream, from a config like "
+            "model_config."
+        },
+    )
+    teacher_dtype: str = field(
+        default="auto", metadata={"help": "Weights of a loaded teacher: auto, bfloat16, float32."}
+    )
+    teacher_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of the small LM's own training (default: the same)."},
+    )
+    arms: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Several runs of one recipe: name to changed keys, e.g. {baseline: {kd_ratio: "
+            "0}, "
+            "rkd: {kd_ratio: 1}, salt: {}}. The arm called baseline is the yardstick; the last one "
+            "is what push_to_hub pushes."
+        },
+    )
+    overwrite_run: bool = field(
+        default=False, metadata={"help": "Delete another recipe's run in output_dir first."}
+    )
+
+    def __post_init__(self) -> None:
+        for key in ("teacher_model_config", "arms"):
+            setattr(self, key, from_json(key, getattr(self, key)))
+            if getattr(self, key) is not None and not isinstance(getattr(self, key), dict):
+                raise RecipeError.of(key, getattr(self, key), "must be a mapping")
+        if self.teacher_model_name_or_path and self.teacher_model_config:
+            raise RecipeError.of(
+                "teacher_model_config",
+                self.teacher_model_config,
+                f"and teacher_model_name_or_path {self.teacher_model_name_or_path!r} exclude each "
+                "other",
+                "keep one: load the small LM, or pretrain it",
+            )
+
+
+TYPES = (DataConfig, StudentConfig, TeacherConfig, SelectionConfig, SaltConfig)
+ARM_KEYS_FIXED = ("output_dir", "arms", "overwrite_run", "dataset", "dataset_mixture", "seed_")
+PATH_KEYS = (
+    "dataset",
+    "eval_dataset",
+    "tokenizer_name_or_path",
+    "model_name_or_path",
+    "teacher_model_name_or_path",
+    "selection_model_name_or_path",
+    "selection_scores",
+)
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Local paths made absolute, so that a resume works from any folder."""
+
+    def absolute(settings: dict[str, Any]) -> dict[str, Any]:
+        changed = dict(settings)
+        for key in PATH_KEYS:
+            value = changed.get(key)
+            if isinstance(value, str) and value != STDLIB and Path(value).expanduser().exists():
+                changed[key] = str(Path(value).expanduser().absolute())
+        return changed
+
+    return Recipe(absolute(recipe.settings), absolute(recipe.given), recipe.types)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Everything that can be refused without reading data or weights; RecipeError, HubError."""
+    data, student, teacher, selection, training = recipe.build()
+    arms = teacher.arms or {"": {}}
+    for name, changes in arms.items():
+        _check_arm(recipe, name, changes or {})
+    if student.model_name_or_path and student.model_config:
+        raise RecipeError.of(
+            "model_config",
+            student.model_config,
+            f"and model_name_or_path {student.model_name_or_path!r} exclude each other",
+            "keep one: load a model, or make a new one",
+        )
+    if not student.model_name_or_path and not student.model_config:
+        raise RecipeError.of(
+            "model_name_or_path",
+            None,
+            "no student is named",
+            "model_name_or_path: a Hub id or folder (continued pretraining)",
+            "model_config: {model_type: llama, hidden_size: 256, ...} (from scratch)",
+        )
+    if data.streaming and training.max_steps <= 0:
+        raise RecipeError.of(
+            "max_steps", training.max_steps, "a stream has no length", "--max_steps 10000"
+        )
+    if data.streaming and selection.selection:
+        raise RecipeError.of(
+            "selection",
+            selection.selection,
+            "needs all rows before training; a stream does not have them",
+            "--streaming false",
+        )
+    if training.push_to_hub:
+        check_hub(training.hub_model_id, training.hub_token)
+
+
+def _check_arm(recipe: Recipe, name: str, changes: Any) -> None:
+    if not isinstance(changes, dict):
+        raise RecipeError.of(f"arms.{name}", changes, "must be a mapping of keys to values")
+    if "/" in name or name in ("teacher", "tokenizer", "selection"):
+        raise RecipeError.of(f"arms.{name}", changes, "cannot name a folder of the run")
+    for key in changes:
+        if key not in recipe.settings or key in ARM_KEYS_FIXED:
+            import difflib
+
+            near = difflib.get_close_matches(key, recipe.settings, n=1)
+            raise RecipeError.of(
+                f"arms.{name}.{key}",
+                changes[key],
+                "no such key" if key not in recipe.settings else "is one for all arms",
+                *(f"did you mean {match!r}?" for match in near if match != key),
+            )
+    _, _, teacher, selection, training = recipe.build(**changes)
+    if selection.selection:
+        find_selection(selection.selection)
+    named = teacher.teacher_model_name_or_path or teacher.teacher_model_config
+    if training.kd_ratio > 0 and training.kd_weight > 0 and not named:
+        raise TeacherError.of(
+            "teacher_model_name_or_path",
+            None,
+            f"kd_ratio {training.kd_ratio} and kd_weight {training.kd_weight} need a teacher",
+            "name a Hub id or folder with the student's tokenizer",
+            "teacher_model_config: {...} pretrains one first",
+            "--kd_ratio 0 trains without one",
+        )
+    if selection.selection == "salt_ds" and not (
+        named or selection.selection_model_name_or_path or selection.selection_scores
+    ):
+        raise RecipeError.of(
+            "selection", "salt_ds", "no model to score with", "--selection_model_name_or_path PATH"
+        )

@@ -1,0 +1,5 @@
+"""Teachers: a batch in, a typed soft label out."""
+
+from llmkd.teachers.live import LiveTeacher
+
+__all__ = ["LiveTeacher"]

@@ -1,0 +1,179 @@
+"""A teacher in memory: loaded when first needed, frozen, released when its stage is over."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmkd.data.tokenizer import load_tokenizer
+from llmkd.errors import RecipeError, TeacherError
+from llmkd.teachers.loading import load_config, load_model
+from llmkd.types import DenseLogits
+
+logger = logging.getLogger(__name__)
+PROBE = "def f(x):\n\treturn x ** 2  # Zażółć 语言 \u00a0 12345 don't"
+
+
+class LiveTeacher:
+    """A causal LM that answers a batch with `DenseLogits` over the student's tokens.
+
+    `source` is a Hub id, a local folder or a model. An id or a folder is loaded by `load`, so that
+    a run resumed after its KD stage never reads the weights. Calling it needs `load` first.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | PreTrainedModel,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+    ) -> None:
+        self.source = source
+        self.revision = revision
+        self.dtype = dtype
+        self.model: Any = source if isinstance(source, torch.nn.Module) else None
+        self.shared: int | None = None
+        self.forwards = 0
+        self._accelerator: Any = None
+
+    @property
+    def name(self) -> str:
+        """Id, folder, or the id an instance was loaded from."""
+        if isinstance(self.source, torch.nn.Module):
+            config = getattr(self.source, "config", None)
+            return getattr(config, "_name_or_path", "") or type(self.source).__name__
+        return str(self.source)
+
+    def config(self) -> PretrainedConfig:
+        """The teacher's config, read without its weights."""
+        if isinstance(self.source, PreTrainedModel):
+            return self.source.config
+        return load_config(str(self.source), self.revision, "teacher_model_name_or_path")
+
+    def check(self, student_vocab: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Refuse, without loading weights, a teacher that speaks other tokens than the student.
+
+        Heads padded to different sizes are fine: the shared leading entries are compared.
+        """
+        vocab = self.config().vocab_size
+        if tokenizer is None:
+            if vocab != student_vocab:
+                raise TeacherError.of(
+                    "teacher",
+                    self.name,
+                    f"has {vocab:,} entries, the student {student_vocab:,}; whether the first of "
+                    "them mean the same tokens cannot be told without a tokenizer",
+                    "pass processing_class=tokenizer to the trainer",
+                )
+            self.shared = vocab
+            return
+        words = len(tokenizer)
+        if vocab < words:
+            raise TeacherError.of(
+                "teacher",
+                self.name,
+                f"has {vocab:,} entries, fewer than the tokenizer's {words:,}",
+                "train the teacher with this tokenizer, or take one of the same family",
+            )
+        if not isinstance(self.source, torch.nn.Module):
+            self._check_tokenizer(tokenizer)
+        self.shared = min(vocab, student_vocab, words)
+
+    def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        try:
+            own = load_tokenizer(str(self.source), self.revision)
+        except RecipeError:
+            logger.warning(
+                "teacher %s ships no tokenizer; its vocabulary is not checked", self.name
+            )
+            return
+        theirs, ours = own.get_vocab(), tokenizer.get_vocab()
+        differing = sum(1 for token, place in ours.items() if theirs.get(token) != place)
+        same_text = (
+            own(PROBE, add_special_tokens=False)["input_ids"]
+            == tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+        )
+        if differing or not same_text:
+            raise TeacherError.of(
+                "teacher",
+                self.name,
+                f"has another tokenizer than the student: {differing:,} of {len(ours):,} tokens "
+                f"differ, the probe text is cut {'alike' if same_text else 'differently'}",
+                "take a teacher of the student's family (heads padded to other sizes are fine)",
+                f"or train the student on the teacher's tokens: --tokenizer_name_or_path "
+                f"{self.name}",
+            )
+
+    def load(self, accelerator: Any) -> None:
+        """Load, freeze, check for NaN and place the weights: sharded under ZeRO-3 and FSDP, else
+        one copy a rank. Does nothing when loaded already."""
+        if self._accelerator is not None:
+            return
+        if self.model is None:
+            self.model = load_model(
+                str(self.source),
+                revision=self.revision,
+                dtype=self.dtype,
+                key="teacher_model_name_or_path",
+            )
+        self.model.requires_grad_(False)
+        self.model.eval()
+        self._check_finite()
+        self._place(accelerator)
+        self._accelerator = accelerator
+
+    def _check_finite(self) -> None:
+        # Under ZeRO-3 each rank sees its own shard; together they see every weight.
+        for name, weight in self.model.named_parameters():
+            values = getattr(weight, "ds_tensor", weight)
+            if values.is_floating_point() and not torch.isfinite(values).all():
+                raise TeacherError.of(
+                    "teacher",
+                    self.name,
+                    f"its weight {name} holds NaN or infinity",
+                    "download or export it again; a truncated or overflowed file looks like this",
+                )
+
+    def _place(self, accelerator: Any) -> None:
+        from accelerate.utils import DistributedType
+
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            from trl.models.utils import prepare_deepspeed
+
+            self.model = prepare_deepspeed(self.model, accelerator)
+        elif accelerator.distributed_type == DistributedType.FSDP:
+            from trl.models.utils import prepare_fsdp
+
+            self.model = prepare_fsdp(self.model, accelerator)
+        else:
+            self.model.to(accelerator.device)
+        self.model.eval()
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Tensor]) -> DenseLogits:
+        """`DenseLogits` for a batch of `input_ids` and, where given, masks and positions."""
+        if self._accelerator is None:
+            raise RuntimeError("call load() before asking the teacher")
+        with self._accelerator.autocast():
+            logits_BTV = self.model(**inputs, use_cache=False).logits
+        self.forwards += 1
+        return DenseLogits(logits_BTV, self.shared or logits_BTV.shape[-1])
+
+    def release(self) -> None:
+        """Let go of the weights. An instance the caller also holds stays in the caller's memory."""
+        if self.model is None:
+            return
+        if hasattr(self.model, "destroy"):  # DeepSpeed engine: drops hooks and partitioned shards
+            self.model.destroy()
+        self.model = None
+        self._accelerator = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

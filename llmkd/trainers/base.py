@@ -1,0 +1,161 @@
+"""What every llmkd trainer shares: honest normalisation, exact held-out metrics, safe
+checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from llmkd.data.collator import PackedCollator
+from llmkd.errors import NonFiniteError
+from llmkd.objectives import ce_kd_chunked
+from llmkd.objectives.token import IGNORE, shift_labels, wide
+from llmkd.trainers.checkpoints import mark_complete
+from llmkd.types import LossTerm
+
+NOT_FOR_THE_MODEL = ("labels", "rows")
+
+
+class SoftLabelTrainer(Trainer):
+    """`Trainer` whose loss is a `LossTerm`; loop, saving and logging stay upstream's.
+
+    Held-out metrics are token-weighted and at temperature 1: `eval_loss` (nats/token),
+    `eval_accuracy` and, where `bytes_per_token` is given, `eval_bits_per_byte`.
+    Raises NonFiniteError at the first NaN or infinite loss or gradient norm.
+    """
+
+    loss_is_scaled_for_ga = True  # normalise() already divides by the tokens of the whole step
+
+    def __init__(self, *args: Any, bytes_per_token: float | None = None, **kwargs: Any) -> None:
+        if kwargs.get("data_collator") is None:
+            pad = getattr(kwargs.get("processing_class"), "pad_token_id", None)
+            kwargs["data_collator"] = PackedCollator(pad if pad is not None else 0)
+        own_metrics = kwargs.get("compute_metrics") is None
+        if own_metrics:
+            kwargs["compute_metrics"] = self._held_out_metrics
+        super().__init__(*args, **kwargs)
+        self._own_metrics = own_metrics
+        self.bytes_per_token = bytes_per_token
+        # Upstream counts the tokens of a step only for models that take loss kwargs; ours always
+        # needs the count, and our objectives always shift.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        self._sums: dict[str, Tensor] = defaultdict(self._zero)
+        self._rows_in_step: list[int] = []
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.args.device)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        for name in ("seq_lengths", "row", "rows"):
+            if name not in self._signature_columns:
+                self._signature_columns.append(name)
+
+    def record(self, term: LossTerm) -> None:
+        """Add a term's sums to what the next log line will show as means per token."""
+        self._sums["count"] += term.count
+        for name, value in term.metrics.items():
+            self._sums[name] += value
+
+    def take_sums(self) -> dict[str, float]:
+        """Sums since the last call over all ranks; counts the tokens into the trainer state.
+
+        A collective: every rank calls it at the same step.
+        """
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        sums = self.accelerator.reduce(torch.stack([self._sums[n] for n in names]), "sum")
+        self._sums.clear()
+        taken = dict(zip(names, cast(Tensor, sums).tolist(), strict=True))
+        self.state.num_input_tokens_seen += int(taken["count"])
+        return taken
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
+        """Upstream's step, stopped at a loss that is not finite."""
+        rows = inputs.get("rows")
+        self._rows_in_step = rows.tolist() if rows is not None else []
+        loss = super().training_step(model, inputs, *args)
+        self._require_finite("loss", loss)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if norm is not None and not self.args.fp16:  # fp16's loss scaler expects overflows
+            self._require_finite("gradient norm", norm)
+        return norm
+
+    def _require_finite(self, what: str, value: Any) -> None:
+        number = float(value)
+        if not math.isfinite(number):
+            rate, rows = self._get_learning_rate(), self._rows_in_step or "not numbered"
+            raise NonFiniteError(
+                f"{what} is {number} at step {self.state.global_step + 1} "
+                f"(learning rate {rate:.3g}, rows {rows})\n"
+                "  - the last good checkpoint is kept; the same command goes on from it\n"
+                "  - lower learning_rate, raise warmup_steps, or set bf16 instead of fp16\n"
+                "  - look at the rows above: one may hold broken text"
+            )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            mark_complete(Path(self._get_output_dir(trial)) / name, self.state.global_step)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        # A pickle of the arguments, hub token included; the recipe is kept as YAML instead.
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Sums per row [B, 3] of nats, hits and counted tokens instead of logits."""
+        if not self._own_metrics:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits_BTV = model(**for_the_model(inputs), use_cache=False).logits
+        sums_B3 = held_out_sums(logits_BTV, inputs["labels"])
+        loss = sums_B3[:, 0].sum() / sums_B3[:, 2].sum().clamp(min=1)
+        return loss, sums_B3, sums_B3[:, 2]
+
+    def _held_out_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        nats, hits, count = cast(Any, prediction.predictions).astype("float64").sum(axis=0)
+        loss = nats / max(count, 1.0)
+        metrics = {"loss": loss, "accuracy": hits / max(count, 1.0), "tokens": count}
+        if self.bytes_per_token:
+            metrics["bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
+        return metrics
+
+
+def for_the_model(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The part of a batch that a model's forward takes."""
+    return {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
+
+
+def held_out_sums(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Per row: nats, right argmax predictions, counted tokens; [B, 3] in float64.
+
+    Row by row, because a whole batch of log-probabilities is the largest tensor of an evaluation.
+    """
+    gold_BT = shift_labels(labels_BT)
+    mask_BT = gold_BT != IGNORE
+    sums = []
+    for logits_TV, gold_T, mask_T in zip(logits_BTV, gold_BT, mask_BT, strict=True):
+        term = ce_kd_chunked(logits_TV[None], None, mask_T[None], gold_BT=gold_T[None])
+        hits = (wide(logits_TV).argmax(-1) == gold_T)[mask_T].sum()
+        sums.append(torch.stack((term.total.double(), hits.double(), term.count.double())))
+    return torch.stack(sums)

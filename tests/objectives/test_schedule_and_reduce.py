@@ -1,0 +1,54 @@
+"""When the teacher counts how much, and who divides."""
+
+import pytest
+import torch
+
+from llmkd.objectives import kd_steps, kd_weight_at, normalise
+from llmkd.types import LossTerm
+
+
+@pytest.mark.parametrize(
+    "ratio, steps, expected",
+    [(0.173, 208_000, 35_984), (0.2, 180, 36), (0, 9, 0), (1, 9, 9), (0.5, 5, 3)],
+)
+def test_stage_length_rounds_to_the_nearest_step(ratio, steps, expected):
+    assert kd_steps(ratio, steps) == expected
+
+
+def test_step_transition_is_a_step():
+    weights = [kd_weight_at(s, stage_steps=3, weight=0.6) for s in range(5)]
+    assert weights == [0.6, 0.6, 0.6, 0.0, 0.0]
+
+
+def test_linear_falls_on_a_line_after_the_hold():
+    weights = [kd_weight_at(s, stage_steps=4, weight=0.8, transition="linear") for s in range(5)]
+    assert weights == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
+    held = [
+        kd_weight_at(s, stage_steps=4, weight=0.8, transition="linear", hold=0.5) for s in range(5)
+    ]
+    assert held == pytest.approx([0.8, 0.8, 0.8, 0.4, 0.0])
+
+
+def test_linear_ratio_by_hand():
+    # w = .8: ratio 4; halfway 2 -> 2/3; at three quarters 1 -> 1/2
+    weights = [
+        kd_weight_at(s, stage_steps=4, weight=0.8, transition="linear_ratio") for s in (0, 2, 3, 4)
+    ]
+    assert weights == pytest.approx([0.8, 2 / 3, 0.5, 0.0])
+
+
+def test_hold_of_the_whole_stage_is_a_step():
+    assert kd_weight_at(3, stage_steps=4, weight=0.8, transition="linear", hold=1.0) == 0.8
+
+
+def test_normalise_divides_by_the_tokens_of_the_step_and_undoes_the_rank_mean():
+    term = LossTerm(torch.tensor(6.0), torch.tensor(3))
+    assert normalise(term, 12, world_size=2).item() == 1.0
+    assert normalise(term, torch.tensor(12), world_size=2).item() == 1.0
+    assert normalise(term, None, world_size=2).item() == 2.0
+
+
+@pytest.mark.parametrize("tokens", [0, torch.tensor(0), None])
+def test_nothing_counted_gives_zero_not_nan(tokens):
+    term = LossTerm(torch.tensor(0.0), torch.tensor(0))
+    assert normalise(term, tokens, world_size=1).item() == 0.0
