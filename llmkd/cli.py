@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LlmkdError as error:
         print(f"llmkd {verb}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `llmkd salt --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(f"\nllmkd {verb}: stopped; the same command goes on from the last checkpoint")
         return 130

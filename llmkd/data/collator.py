@@ -48,3 +48,26 @@ class PackedCollator:
         if "row" in rows[0]:
             tensors["rows"] = torch.tensor([row["row"] for row in rows])
         return tensors
+
+
+@dataclass(frozen=True)
+class CountableTargets:
+    """Any collator, with labels that can be counted: nothing is predicted from padding.
+
+    With padding on the left the first real token stands behind a pad token; upstream's collators
+    leave its label in, and it would be "predicted" from a position that attends to nothing.
+    """
+
+    collate: Any
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collate(rows)
+        labels, mask = batch.get("labels"), batch.get("attention_mask")
+        if labels is None:
+            return batch
+        labels = labels.clone()
+        labels[:, 0] = IGNORE
+        if mask is not None and mask.dim() == 2:
+            labels[:, 1:][mask[:, :-1] == 0] = IGNORE
+        batch["labels"] = labels
+        return batch

@@ -65,23 +65,33 @@ def resume(folder: str) -> Path:
 
 def finish(plan: Plan, stages: list[Stage]) -> None:
     """Table, pictures, report and, where asked for, the push to the Hub. Main process only."""
-    if plan.main:
-        folders = {stage.name: stage.folder for stage in stages}
-        results = compare(folders, BASELINE)
-        if plan.several:
-            old = read_json(plan.folder / "eval.json") or {}
-            write_json(plan.folder / "eval.json", {**old, "arms": as_json(results)})
-            plan.run.end(tokens=sum(result.tokens for result in results))
-        write_report(plan.folder)
-        print_table(results, BASELINE)
-        plan.say(f"report: {plan.folder / 'report.html'}")
-        if plan.training.push_to_hub:
-            url = push_run(
-                stages[-1].folder,
-                plan.training.hub_model_id or "",
-                token=plan.training.hub_token,
-                private=bool(plan.training.hub_private_repo),
-                revision=plan.training.hub_revision,
-            )
-            plan.say(f"pushed to {url}")
-    PartialState().wait_for_everyone()
+    try:
+        if plan.main:
+            _report(plan, stages)
+            if plan.training.push_to_hub:
+                _push(plan, stages[-1])
+    finally:
+        PartialState().wait_for_everyone()  # the others must not wait for a push that was refused
+
+
+def _report(plan: Plan, stages: list[Stage]) -> None:
+    results = compare({stage.name: stage.folder for stage in stages}, BASELINE)
+    if plan.several:
+        old = read_json(plan.folder / "eval.json") or {}
+        write_json(plan.folder / "eval.json", {**old, "arms": as_json(results)})
+        plan.run.end(tokens=sum(result.tokens for result in results))
+    write_report(plan.folder)
+    print_table(results, BASELINE)
+    plan.say(f"report: {plan.folder / 'report.html'}")
+
+
+def _push(plan: Plan, stage: Stage) -> None:
+    args = plan.training
+    url = push_run(
+        stage.folder,
+        args.hub_model_id or "",
+        token=args.hub_token,
+        private=args.hub_private_repo,
+        revision=args.hub_revision,
+    )
+    plan.say(f"pushed {stage.name} to {url}")

@@ -246,8 +246,8 @@ def _facts(stage: Stage, config: PretrainedConfig) -> dict[str, Any]:
             "train_rows": train_rows,
             "train_tokens": rows.train_tokens,
             "eval_rows": len(rows.held_out),
-            "eval_tokens": rows.eval_tokens,
-            "eval_bytes": rows.eval_bytes,
+            "eval_tokens": sum(len(ids) for ids in rows.held_out["input_ids"]),
+            "bytes_per_token": rows.bytes_per_token,
             "max_length": stage.data.max_length,
             "packing": stage.data.packing_strategy if stage.data.packing else "none",
             "selection": stage.selection.selection,
@@ -286,7 +286,13 @@ def _final_scores(trainer: SaltTrainer) -> dict[str, Any]:
 
 def _save(stage: Stage, trainer: SaltTrainer, scores: dict[str, float]) -> None:
     aside = stage.folder / ".model.part"
-    trainer.save_model(str(aside))
+    trainer.save_model(str(aside / "adapter" if stage.student.use_peft else aside))
+    if stage.student.use_peft and not is_deepspeed_zero3_enabled():
+        # Merged weights at the top: every tool opens the folder, with or without peft.
+        if stage.run.main:
+            merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+            merged.save_pretrained(aside)
+            stage.tokenizer.save_pretrained(aside)
     PartialState().wait_for_everyone()
     if not stage.run.main:
         return

@@ -167,9 +167,13 @@ class LiveTeacher:
         return DenseLogits(logits_BTV, self.shared or logits_BTV.shape[-1])
 
     def release(self) -> None:
-        """Let go of the weights. An instance the caller also holds stays in the caller's memory."""
+        """Let go of the weights. An instance the caller also holds stays in the caller's memory.
+
+        What was given as an instance is afterwards known by its name alone.
+        """
         if self.model is None:
             return
+        self.source = self.name
         if hasattr(self.model, "destroy"):  # DeepSpeed engine: drops hooks and partitioned shards
             self.model.destroy()
         self.model = None

@@ -15,7 +15,7 @@ from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llmkd.data.collator import PackedCollator
+from llmkd.data.collator import CountableTargets, PackedCollator
 from llmkd.errors import NonFiniteError
 from llmkd.objectives import ce_kd_chunked
 from llmkd.objectives.token import IGNORE, shift_labels, wide
@@ -39,6 +39,7 @@ class SoftLabelTrainer(Trainer):
         if kwargs.get("data_collator") is None:
             pad = getattr(kwargs.get("processing_class"), "pad_token_id", None)
             kwargs["data_collator"] = PackedCollator(pad if pad is not None else 0)
+        kwargs["data_collator"] = CountableTargets(kwargs["data_collator"])
         own_metrics = kwargs.get("compute_metrics") is None
         if own_metrics:
             kwargs["compute_metrics"] = self._held_out_metrics
