@@ -50,24 +50,23 @@ def _windows(texts: Iterable[str], size: int = 1 << 16) -> Iterator[str]:
             yield text[start : start + size]
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """`AutoTokenizer` with remote code off; RecipeError that names the key where it cannot be
-    loaded.
-    """
+def load_tokenizer(
+    name: str, revision: str | None = None, *, key: str = "tokenizer_name_or_path"
+) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer` with remote code off; RecipeError names `key` where it fails."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:
+        lines = str(error).splitlines() or [type(error).__name__]
         raise RecipeError.of(
-            "tokenizer_name_or_path",
+            key,
             name,
-            f"cannot be loaded: {str(error).splitlines()[0][:200]}",
+            f"its tokenizer cannot be loaded: {lines[0][:200]}",
             "check the id or folder; without network only local folders work",
-            "leave it out to train a BPE on the train split",
+            "name a tokenizer: --tokenizer_name_or_path",
         ) from error
     if tokenizer.eos_token_id is None:
-        raise RecipeError.of(
-            "tokenizer_name_or_path", name, "has no end-of-text token, which ends every document"
-        )
+        raise RecipeError.of(key, name, "has no end-of-text token, which ends every document")
     return tokenizer
 
 

@@ -102,8 +102,7 @@ def _table(rows: list[ArmResult]) -> str:
         f"<tbody>{lines}</tbody></table></div>"
         '<p class="dim">Cross-entropy at temperature 1 and next-token accuracy on documents no '
         "model trained on. Tokens and FLOPs are what an arm needed to reach the baseline's final "
-        "loss, as a share of what the baseline spent: (a) the student alone, (b) with the teacher's "
-        "forward "
+        "loss, as a share of what it spent: (a) the student alone, (b) with the teacher's forward "
         "passes, (c) with the teacher's training and the scoring of rows as well. One seed is one "
         "draw: differences smaller than the spread between seeds mean nothing.</p>"
     )

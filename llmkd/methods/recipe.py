@@ -51,7 +51,8 @@ def read_recipe(argv: Sequence[str], types: tuple[type, ...]) -> Recipe:
     """
     path, flags = _recipe_path(list(argv))
     parser = _Parser(types, prog="llmkd", allow_abbrev=False)
-    known = {action.dest: action for action in parser._actions}
+    # A true-or-false key has a second action, --no_key, without a type; the first one is the key.
+    known = {action.dest: action for action in reversed(parser._actions)}
     from_file = _read_yaml(path) if path else {}
     for key in from_file:
         if key not in known:
@@ -149,6 +150,7 @@ def _typed(action: argparse.Action, key: str, value: Any) -> Any:
         return action.type(str(value))  # type: ignore[operator]
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
         wanted = getattr(action.type, "__name__", str(action.type))
+        wanted = "true or false" if wanted == "string_to_bool" else wanted
         raise RecipeError.of(key, value, f"cannot be read as {wanted}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import resource
 import shutil
@@ -14,10 +15,11 @@ from typing import Any
 
 import yaml
 
+from llmkd import __version__
 from llmkd.errors import RunFolderError
 from llmkd.files import digest, read_json, write_json, write_text
 
-PACKAGES = ("llmkd", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed")
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed")
 # Keys that decide where and how a run is written down, not what it computes.
 NOT_THE_RESULT = (
     "output_dir logging_dir logging_steps logging_first_step logging_strategy disable_tqdm "
@@ -55,10 +57,11 @@ class RunFolder:
         facts = self.facts()
         return bool(facts and facts["status"] == "done" and facts["key"] == key)
 
-    def claim(self, key: str, settings: dict[str, Any], *, overwrite: bool) -> None:
+    def claim(self, key: str | None, settings: dict[str, Any], *, overwrite: bool) -> None:
         """Refuse a folder that holds another run or other files; RunFolderError says what differs.
 
-        Safe on every rank: nothing is written.
+        Before data and teacher are known `key` is None and the settings alone are compared. Safe on
+        every rank: nothing is written.
         """
         facts = self.facts()
         if facts is None:
@@ -73,12 +76,12 @@ class RunFolder:
                     "choose another --output_dir",
                 )
             return
-        if facts["key"] == key or overwrite:
-            return
-        old = facts.get("settings", {})
-        changed = [name for name in {*old, *settings} if old.get(name) != settings.get(name)]
+        old, new = facts.get("settings", {}), json.loads(json.dumps(settings, default=str))
+        changed = [name for name in {*old, *new} if old.get(name) != new.get(name)]
         changed = sorted(name for name in changed if name not in NOT_THE_RESULT)
-        shown = ", ".join(f"{n}: {old.get(n)!r} -> {settings.get(n)!r}" for n in changed[:4])
+        if overwrite or facts["key"] == key or (key is None and not changed):
+            return
+        shown = ", ".join(f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in changed[:4])
         raise RunFolderError.of(
             "output_dir",
             str(self.path),
@@ -148,7 +151,7 @@ def peak_memory() -> int:
 
 def versions() -> dict[str, str]:
     """Installed versions of what decides a result."""
-    found = {"python": sys.version.split()[0]}
+    found = {"llmkd": __version__, "python": sys.version.split()[0]}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

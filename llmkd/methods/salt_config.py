@@ -100,9 +100,6 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 def check_recipe(recipe: Recipe) -> None:
     """Everything that can be refused without reading data or weights; RecipeError, HubError."""
     data, student, teacher, selection, training = recipe.build()
-    arms = teacher.arms or {"": {}}
-    for name, changes in arms.items():
-        _check_arm(recipe, name, changes or {})
     if student.model_name_or_path and student.model_config:
         raise RecipeError.of(
             "model_config",
@@ -118,6 +115,8 @@ def check_recipe(recipe: Recipe) -> None:
             "model_name_or_path: a Hub id or folder (continued pretraining)",
             "model_config: {model_type: llama, hidden_size: 256, ...} (from scratch)",
         )
+    for name, changes in (teacher.arms or {"": {}}).items():
+        _check_arm(recipe, name, changes or {})
     if data.streaming and training.max_steps <= 0:
         raise RecipeError.of(
             "max_steps", training.max_steps, "a stream has no length", "--max_steps 10000"

@@ -19,7 +19,7 @@ from llmkd.data import (
     prepare_rows,
     train_bpe,
 )
-from llmkd.errors import RecipeError
+from llmkd.errors import RecipeError, RunFolderError
 from llmkd.files import digest, digest_texts, read_json, whole_folder, write_json, write_text
 from llmkd.methods.recipe import Recipe
 from llmkd.methods.run_folder import RunFolder, result_settings, settings_key
@@ -67,12 +67,13 @@ class Plan:
 
     def claim(self) -> None:
         """Refuse a folder that holds another recipe's run; with overwrite_run, delete that one."""
-        key = settings_key(self.recipe.settings)
-        teacher = self.recipe.build()[2]
-        self.run.claim(key, self.recipe.settings, overwrite=teacher.overwrite_run)
-        facts = self.run.facts()
-        PartialState().wait_for_everyone()
-        if teacher.overwrite_run and facts and self.several and facts["key"] != key:
+        overwrite = self.recipe.build()[2].overwrite_run
+        try:
+            self.run.claim(None, self.recipe.settings, overwrite=False)
+        except RunFolderError:
+            if not overwrite:
+                raise
+            PartialState().wait_for_everyone()
             self.run.clear()
         PartialState().wait_for_everyone()
 
@@ -107,13 +108,13 @@ class Plan:
 def make_tokenizer(plan: Plan, documents: Documents) -> PreTrainedTokenizerBase:
     """The named tokenizer, the student's or teacher's own, or a BPE trained on the train split."""
     _, student, teacher, _, _ = plan.recipe.build()
-    named = (
-        plan.data.tokenizer_name_or_path
-        or student.model_name_or_path
-        or teacher.teacher_model_name_or_path
-    )
-    if named:
-        return load_tokenizer(named)
+    for key, name, revision in (
+        ("tokenizer_name_or_path", plan.data.tokenizer_name_or_path, None),
+        ("model_name_or_path", student.model_name_or_path, student.model_revision),
+        ("teacher_model_name_or_path", teacher.teacher_model_name_or_path, None),
+    ):
+        if name:
+            return load_tokenizer(name, revision, key=key)
     if not isinstance(documents.train, Dataset):
         raise RecipeError.of(
             "tokenizer_name_or_path", None, "a stream cannot train a tokenizer", "name one"

@@ -25,6 +25,12 @@ TEACHER_CHANGES: dict[str, Any] = {
     "teacher_model_config": None,
     "teacher_learning_rate": None,
 }
+# What the small LM's own training never reads: changing these must not train it again.
+NOT_THE_TEACHERS = (
+    "kd_weight transition transition_hold teacher_temperature student_temperature t2_scale "
+    "teacher_dtype selection_model_name_or_path selection_top_k selection_min_kept "
+    "selection_batch_size selection_scores"
+).split()
 
 
 def check_given_teacher(plan: Plan, stage: Stage) -> None:
@@ -49,6 +55,8 @@ def small_lm(plan: Plan) -> dict[str, Any] | None:
         }
         folder = plan.folder / "teacher"
         stage = plan.stage("teacher", changes, folder)
+        for key in NOT_THE_TEACHERS:
+            stage.settings.pop(key)
         ratio = stage.selection.selection_early_ratio
         stage.callbacks = [EarlyCopy(folder / "early", ratio)]
         facts = train(stage)

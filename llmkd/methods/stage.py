@@ -287,12 +287,12 @@ def _final_scores(trainer: SaltTrainer) -> dict[str, Any]:
 def _save(stage: Stage, trainer: SaltTrainer, scores: dict[str, float]) -> None:
     aside = stage.folder / ".model.part"
     trainer.save_model(str(aside / "adapter" if stage.student.use_peft else aside))
-    if stage.student.use_peft and not is_deepspeed_zero3_enabled():
+    merges = stage.student.use_peft and not is_deepspeed_zero3_enabled()
+    if merges and stage.run.main:
         # Merged weights at the top: every tool opens the folder, with or without peft.
-        if stage.run.main:
-            merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-            merged.save_pretrained(aside)
-            stage.tokenizer.save_pretrained(aside)
+        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        merged.save_pretrained(aside)
+        stage.tokenizer.save_pretrained(aside)
     PartialState().wait_for_everyone()
     if not stage.run.main:
         return

@@ -300,7 +300,7 @@ def test_packing_does_not_change_what_documents_cost(tmp_path):
     documents = [row["input_ids"] for row in token_rows(8, seed=5)]
     packed = [
         {
-            "input_ids": sum(documents[i : i + 4], []),
+            "input_ids": [t for ids in documents[i : i + 4] for t in ids],
             "seq_lengths": [*map(len, documents[i : i + 4])],
         }
         for i in (0, 4)
