@@ -71,7 +71,7 @@ class Plan:
         try:
             self.run.claim(None, self.recipe.settings, overwrite=False)
         except RunFolderError:
-            if not overwrite:
+            if not overwrite or self.run.facts() is None:  # only runs of ours are ever deleted
                 raise
             PartialState().wait_for_everyone()
             self.run.clear()
