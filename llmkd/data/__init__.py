@@ -5,7 +5,7 @@ from llmkd.data.config import DataConfig
 from llmkd.data.order import training_order
 from llmkd.data.prepare import TokenRows, prepare_rows
 from llmkd.data.sources import Documents, load_documents
-from llmkd.data.tokenizer import load_tokenizer, tokenizer_digest, train_bpe
+from llmkd.data.tokenizer import load_tokenizer, pad_id, tokenizer_digest, train_bpe
 
 __all__ = [
     "DataConfig",
@@ -14,6 +14,7 @@ __all__ = [
     "TokenRows",
     "load_documents",
     "load_tokenizer",
+    "pad_id",
     "prepare_rows",
     "tokenizer_digest",
     "train_bpe",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import datasets.config
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
@@ -123,7 +124,7 @@ def _tokenize(
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         # verbose=False: "longer than the model's maximum" does not apply to text that is packed
         ids = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        return {"input_ids": [[*row, end] for row in cast(list[list[int]], ids)]}
+        return {"input_ids": [[*row, cast(int, end)] for row in cast(list[list[int]], ids)]}
 
     stream = isinstance(rows, IterableDataset)
     bar: dict[str, Any] = {} if stream else {"desc": "tokenizing", "load_from_cache_file": False}
@@ -131,10 +132,10 @@ def _tokenize(
     tokens = rows.map(encode, batched=True, batch_size=64, remove_columns=columns, **bar)
     if config.packing:
         bar = {} if stream else {"desc": "packing", "load_from_cache_file": False}
-        return pack_dataset(tokens, limit, config.packing_strategy, map_kwargs=bar)
+        return pack_dataset(cast(Any, tokens), limit, config.packing_strategy, map_kwargs=bar)
     if config.truncate:
         return tokens.map(lambda row: {"input_ids": row["input_ids"][:limit]})
-    if not stream:
+    if isinstance(tokens, Dataset):
         long = [i for i, ids in enumerate(tokens["input_ids"]) if len(ids) > limit]
         if long:
             raise DataError.of(

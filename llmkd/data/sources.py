@@ -158,13 +158,8 @@ def _local(path: Path, split: str, *, streaming: bool) -> Dataset | IterableData
         return rows.to_iterable_dataset() if streaming else rows
     options: dict[str, Any] = {"sep": "\t"} if readable[0].suffix == ".tsv" else {}
     try:
-        return load_dataset(
-            kind,
-            data_files={split: [str(file) for file in readable]},
-            split=split,
-            streaming=streaming,
-            **options,
-        )
+        options |= {"data_files": {split: [str(file) for file in readable]}, "split": split}
+        return load_dataset(str(kind), streaming=streaming, **options)
     except Exception as error:
         raise DataError.of(
             "dataset", str(path), f"cannot be read as {kind}: {_last_line(error)}"

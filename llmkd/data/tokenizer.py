@@ -70,6 +70,12 @@ def load_tokenizer(
     return tokenizer
 
 
+def pad_id(tokenizer: Any) -> int:
+    """The id rows are padded with; 0 where the tokenizer has none (padding carries no label)."""
+    found = getattr(tokenizer, "pad_token_id", None)
+    return found if isinstance(found, int) else 0
+
+
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything that decides which ids a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
 from trl import TrlParser
@@ -50,7 +50,7 @@ def read_recipe(argv: Sequence[str], types: tuple[type, ...]) -> Recipe:
     mapping, an unknown key (with the nearest known one) or a value of the wrong type.
     """
     path, flags = _recipe_path(list(argv))
-    parser = _Parser(types, prog="llmkd", allow_abbrev=False)
+    parser = _Parser(cast(Any, types), prog="llmkd", allow_abbrev=False)
     # A true-or-false key has a second action, --no_key, without a type; the first one is the key.
     known = {action.dest: action for action in reversed(parser._actions)}
     from_file = _read_yaml(path) if path else {}

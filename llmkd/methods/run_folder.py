@@ -94,6 +94,7 @@ class RunFolder:
         """Write `recipe.yaml` and `run.json` with status running; keeps the wall time of earlier
         parts.
         """
+        self._began = time.monotonic()
         if not self.main:
             return
         before = self.facts() or {}

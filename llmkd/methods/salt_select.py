@@ -9,7 +9,7 @@ import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
 
-from llmkd.data import load_documents
+from llmkd.data import load_documents, pad_id
 from llmkd.errors import RecipeError
 from llmkd.evaluation.cost import forward_flops
 from llmkd.files import digest
@@ -61,7 +61,7 @@ def row_scores(
     if known:
         plan.say(f"{stage.name}: scores reused from {path} (same rows, model and settings)")
         return read_scores(path, len(rows.train), rows.fingerprint), flops
-    pad = stage.tokenizer.pad_token_id or 0
+    pad = pad_id(stage.tokenizer)
     scores = find(config.selection)(
         rows.train, seed=stage.training.seed, model=model, config=config, pad_token_id=pad
     )

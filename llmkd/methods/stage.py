@@ -23,7 +23,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import get_peft_config, get_quantization_config
 
-from llmkd.data import PackedCollator, TokenRows, training_order
+from llmkd.data import PackedCollator, TokenRows, pad_id, training_order
 from llmkd.errors import DataError
 from llmkd.evaluation.cost import forward_flops
 from llmkd.files import digest, fsync_tree, move_into, write_json
@@ -124,7 +124,7 @@ def make_trainer(stage: Stage, config: PretrainedConfig) -> SaltTrainer:
         train_dataset=ordered_rows(stage),
         eval_dataset=stage.rows.held_out,
         processing_class=stage.tokenizer,
-        data_collator=PackedCollator(stage.tokenizer.pad_token_id or 0),
+        data_collator=PackedCollator(pad_id(stage.tokenizer)),
         bytes_per_token=stage.rows.bytes_per_token,
         callbacks=[MetricsFile(stage.folder), *stage.callbacks],
     )
@@ -290,7 +290,8 @@ def _save(stage: Stage, trainer: SaltTrainer, scores: dict[str, float]) -> None:
     merges = stage.student.use_peft and not is_deepspeed_zero3_enabled()
     if merges and stage.run.main:
         # Merged weights at the top: every tool opens the folder, with or without peft.
-        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
+        merged = adapted.merge_and_unload()
         merged.save_pretrained(aside)
         stage.tokenizer.save_pretrained(aside)
     PartialState().wait_for_everyone()

@@ -110,7 +110,7 @@ def check_vocabulary(config: PretrainedConfig, tokenizer: Tokenizer, key: str) -
 def count_parameters(config: PretrainedConfig) -> int:
     """Parameters of the model `config` describes, without making its weights."""
     # Not `from_config`: under ZeRO-3 that initialises weights, which a meta tensor does not have.
-    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
     with torch.device("meta"):
         model = kind(config)
     return sum(p.numel() for p in model.parameters())

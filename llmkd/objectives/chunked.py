@@ -61,7 +61,7 @@ def ce_kd_chunked(
     sums = _CeKd.apply(
         student_BTV.reshape(-1, vocab), teacher_MV, shared, gold_BT.reshape(-1), rows_N, settings
     )
-    named = dict(zip(METRICS, sums[1:], strict=True))
+    named: dict[str, Tensor] = dict(zip(METRICS, sums[1:], strict=True))
     return LossTerm(
         total=sums[0],
         count=mask_BT.sum(),

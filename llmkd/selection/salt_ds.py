@@ -49,16 +49,17 @@ def salt_ds_scores(
     from accelerate.utils import gather_object
 
     state = PartialState()
-    model.eval().to(state.device)
+    device = torch.device(state.device or "cpu")
+    model.eval().to(device)
     collate = PackedCollator(pad_token_id)
     size = config.selection_batch_size
     mine = list(range(0, len(rows), size))[state.process_index :: state.num_processes]
     found: list[tuple[int, list[float]]] = []
     for start in tqdm(mine, desc="scoring rows", disable=not state.is_main_process):
         batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
-        batch = {name: tensor.to(state.device) for name, tensor in batch.items()}
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
         # bf16 halves the time of this pass; ranks and medians are taken in float32.
-        with torch.autocast(state.device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             logits_BTV = model(
                 input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
             ).logits

@@ -16,6 +16,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llmkd.data.collator import CountableTargets, PackedCollator
+from llmkd.data.tokenizer import pad_id
 from llmkd.errors import NonFiniteError
 from llmkd.objectives import ce_kd_chunked
 from llmkd.objectives.token import IGNORE, shift_labels, wide
@@ -37,8 +38,7 @@ class SoftLabelTrainer(Trainer):
 
     def __init__(self, *args: Any, bytes_per_token: float | None = None, **kwargs: Any) -> None:
         if kwargs.get("data_collator") is None:
-            pad = getattr(kwargs.get("processing_class"), "pad_token_id", None)
-            kwargs["data_collator"] = PackedCollator(pad if pad is not None else 0)
+            kwargs["data_collator"] = PackedCollator(pad_id(kwargs.get("processing_class")))
         kwargs["data_collator"] = CountableTargets(kwargs["data_collator"])
         own_metrics = kwargs.get("compute_metrics") is None
         if own_metrics:
@@ -58,9 +58,8 @@ class SoftLabelTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        for name in ("seq_lengths", "row", "rows"):
-            if name not in self._signature_columns:
-                self._signature_columns.append(name)
+        ours = {"seq_lengths", "row", "rows"} - set(self._signature_columns or ())
+        self._signature_columns = [*(self._signature_columns or ()), *sorted(ours)]
 
     def record(self, term: LossTerm) -> None:
         """Add a term's sums to what the next log line will show as means per token."""
@@ -118,7 +117,7 @@ class SoftLabelTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
         # A pickle of the arguments, hub token included; the recipe is kept as YAML instead.
-        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import (
@@ -67,9 +67,9 @@ class SaltTrainer(SoftLabelTrainer):
             )
         self.teacher: LiveTeacher | None = None
         self._last_weight = 0.0
-        if wants_teacher:
+        if wants_teacher and teacher is not None:
             self.teacher = teacher if isinstance(teacher, LiveTeacher) else LiveTeacher(teacher)
-            self.teacher.check(vocab, self.processing_class)
+            self.teacher.check(vocab, cast(Any, self.processing_class))
         self.add_callback(_Stages(self))
 
     def stage_steps(self) -> int:
