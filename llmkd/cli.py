@@ -91,9 +91,12 @@ def _quiet_libraries() -> None:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # DeepSpeed announces at import that there is no GPU; whoever runs on a CPU knows.
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    import torch
+
+    if not torch.accelerator.is_available():
+        # DeepSpeed, where installed, warns at import that there is no GPU unless told so.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # "Writing model shards" and the like; training keeps its bar

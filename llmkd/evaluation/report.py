@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkd.evaluation.compare import HEADINGS, ArmResult, compare
-from llmkd.evaluation.plots import draw_curves, draw_training
+from llmkd.evaluation.plots import PANELS, draw_curves, draw_training
 from llmkd.files import read_json, write_text
 
 BASELINE = "baseline"
@@ -22,6 +22,7 @@ background:var(--bg);max-width:62rem;margin:0 auto;padding:1.5rem 1rem 4rem}
 h1{font-size:1.5rem;line-height:1.25;margin:.2rem 0 .3rem}h2{font-size:1.1rem;margin:2.2rem 0 .6rem}
 p.dim,figcaption,.dim{color:var(--dim);font-size:.9rem}figure{margin:0}
 img{max-width:100%;height:auto;background:#fff;border:1px solid var(--line);border-radius:6px}
+.pair{display:flex;flex-wrap:wrap;gap:1rem}.pair figure{flex:1 1 20rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.4rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}th{font-weight:600;background:var(--fill)}
@@ -50,7 +51,7 @@ def write_report(folder: Path) -> Path:
     body = [
         _head(folder, folders),
         _table(compare(folders, BASELINE)),
-        _figure(picture, "Held-out loss against training tokens; dashed: the teacher leaves."),
+        _curves(folders, teacher),
         _harness(read_json(folder / "eval.json") or {}),
         *(_arm(name, path) for name, path in folders.items()),
         *([_arm("teacher", teacher)] if teacher else []),
@@ -106,6 +107,16 @@ def _table(rows: list[ArmResult]) -> str:
         "passes, (c) with the teacher's training and the scoring of rows as well. One seed is one "
         "draw: differences smaller than the spread between seeds mean nothing.</p>"
     )
+
+
+def _curves(folders: dict[str, Path], teacher: Path | None) -> str:
+    # One picture a panel: side by side on a desk, one below the other on a phone.
+    captions = ("Held-out loss against training tokens; dashed: the teacher leaves.", "Its end.")
+    figures = (
+        _figure(draw_curves(folders, teacher, (panel,)), caption)
+        for panel, caption in zip(PANELS, captions, strict=True)
+    )
+    return f'<div class="pair">{"".join(figures)}</div>'
 
 
 def _figure(picture: bytes, caption: str) -> str:
