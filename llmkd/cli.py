@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(verb, rest)
     except LlmkdError as error:
-        print(f"llmkd {verb}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under a launcher every rank comes here
+            print(f"llmkd {verb}: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # `llmkd salt --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -81,10 +82,23 @@ def _run(verb: str, words: list[str]) -> int:
 
         config, processes, words = split_launch(words)
         if config is not None or processes is not None:
-            from llmkd.launch import relaunch
+            from llmkd.launch import config_path, relaunch
 
+            if config is not None:
+                config = str(config_path(config))
+            if verb != "resume":
+                _check_before_launch(words)
             return relaunch(verb, words, config, processes)
     return handlers[verb](words)
+
+
+def _check_before_launch(words: list[str]) -> None:
+    # A mistake in the recipe is one error here; in the ranks it would be one a rank and a traceback
+    # of the launcher.
+    from llmkd.methods.recipe import read_recipe
+    from llmkd.methods.salt_config import TYPES, check_recipe
+
+    check_recipe(read_recipe(words, TYPES))
 
 
 def _quiet_libraries() -> None:

@@ -80,6 +80,8 @@ def move_into(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     fsync_tree(source)
     for path in sorted(source.iterdir()):
+        if (target / path.name).is_dir():  # a folder cannot be replaced, only made way for
+            shutil.rmtree(target / path.name)
         os.replace(path, target / path.name)
     source.rmdir()
     fsync_folder(target)

@@ -10,6 +10,7 @@ from llmkd.errors import RecipeError
 
 STDLIB = "stdlib"
 # trl's third strategy, "wrapped", attends across documents and is left out on purpose.
+MIXTURE_KEYS = {"id", "weight", "config", "revision", "split", "text_column"}
 PACKING_STRATEGIES = ("bfd_split", "bfd")
 
 
@@ -120,10 +121,28 @@ class DataConfig:
                 f"known: {', '.join(PACKING_STRATEGIES)}",
             )
         self.dataset_mixture = from_json("dataset_mixture", self.dataset_mixture)
+        self._check_mixture()
+        for key, least in (("max_eval_rows", 1), ("max_train_documents", 1)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise RecipeError.of(key, value, f"must be at least {least}")
+
+    def _check_mixture(self) -> None:
+        if not isinstance(self.dataset_mixture, list | None):
+            raise RecipeError.of("dataset_mixture", self.dataset_mixture, "must be a list")
         for part in self.mixture:
-            if not isinstance(part, dict) or "id" not in part or part.get("weight", 0) <= 0:
+            weight = part.get("weight") if isinstance(part, dict) else None
+            if not isinstance(weight, int | float) or weight <= 0 or "id" not in part:
                 raise RecipeError.of(
                     "dataset_mixture", part, "each part needs `id` and a `weight` above 0"
+                )
+            unknown = sorted(set(part) - MIXTURE_KEYS)
+            if unknown:
+                raise RecipeError.of(
+                    f"dataset_mixture.{unknown[0]}",
+                    part[unknown[0]],
+                    "no such key",
+                    f"known: {', '.join(sorted(MIXTURE_KEYS))}",
                 )
 
     @property

@@ -21,7 +21,7 @@ from llmkd.errors import DataError
 from llmkd.files import digest, digest_texts, read_json, whole_folder, write_json
 
 logger = logging.getLogger(__name__)
-FORMAT = 1  # raise it when rows change, so that older cache entries are not taken for new ones
+FORMAT = 2  # raise it when rows change, so that older cache entries are not taken for new ones
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def prepare_rows(
     if config.max_eval_rows is not None:
         held_out = held_out.select(range(min(config.max_eval_rows, len(held_out))))
     if isinstance(documents.train, IterableDataset):
-        train: Dataset | IterableDataset = _tokenize(documents.train, tokenizer, config)
+        train: Dataset | IterableDataset = _pack(_encode(documents.train, tokenizer), config)
         key, tokens = digest([config.source, settings]), None
     else:
         train, facts = _cached(documents.train, tokenizer, config, settings, say, "train")
@@ -97,9 +97,11 @@ def _cached(
     if facts is not None:
         say(f"{what} rows: reused from the cache (same text, tokenizer and packing, key {key})")
         return Dataset.load_from_disk(str(folder)), facts
-    packed = cast(Dataset, _tokenize(rows, tokenizer, config))
+    encoded = cast(Dataset, _encode(rows, tokenizer))
+    packed = cast(Dataset, _pack(encoded, config))
     packed = packed.add_column("row", list(range(len(packed))))
-    tokens = sum(len(ids) for ids in packed.with_format("numpy")["input_ids"])
+    # Before anything is cut: bits per byte needs the tokens of all the bytes.
+    tokens = sum(len(ids) for ids in encoded.with_format("numpy")["input_ids"])
     size = sum(len(text.encode("utf-8", "surrogatepass")) for text in rows["text"])
     facts = {"key": key, "tokens": tokens, "bytes": size, "documents": len(rows)}
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -110,16 +112,14 @@ def _cached(
 
 
 def _text_digest(rows: Dataset) -> str:
-    # Files on disk have a fingerprint from datasets; hashing terabytes again would only cost time.
-    if rows.cache_files:
-        return rows._fingerprint
-    return digest_texts(rows["text"])
+    # Not datasets' own fingerprint: it changes when a file is merely touched.
+    return digest_texts(text for batch in rows.iter(1000) for text in cast(Any, batch)["text"])
 
 
-def _tokenize(
-    rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+def _encode(
+    rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset | IterableDataset:
-    end, limit = tokenizer.eos_token_id, config.max_length
+    end = tokenizer.eos_token_id
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         # verbose=False: "longer than the model's maximum" does not apply to text that is packed
@@ -129,9 +129,13 @@ def _tokenize(
     stream = isinstance(rows, IterableDataset)
     bar: dict[str, Any] = {} if stream else {"desc": "tokenizing", "load_from_cache_file": False}
     columns = rows.column_names or ["text"]
-    tokens = rows.map(encode, batched=True, batch_size=64, remove_columns=columns, **bar)
+    return rows.map(encode, batched=True, batch_size=64, remove_columns=columns, **bar)
+
+
+def _pack(tokens: Dataset | IterableDataset, config: DataConfig) -> Dataset | IterableDataset:
+    limit, stream = config.max_length, isinstance(tokens, IterableDataset)
     if config.packing:
-        bar = {} if stream else {"desc": "packing", "load_from_cache_file": False}
+        bar: dict[str, Any] = {} if stream else {"desc": "packing", "load_from_cache_file": False}
         return pack_dataset(cast(Any, tokens), limit, config.packing_strategy, map_kwargs=bar)
     if config.truncate:
         return tokens.map(lambda row: {"input_ids": row["input_ids"][:limit]})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, interleave_datasets, load_dataset
+from datasets import Dataset, IterableDataset, Value, interleave_datasets, load_dataset
 
 from llmkd.data.config import STDLIB, DataConfig
 from llmkd.data.stdlib_corpus import stdlib_documents
@@ -78,7 +78,8 @@ def _split(rows: Dataset, config: DataConfig) -> Documents:
             "for one long text file: split it into documents separated by blank lines",
             "name held-out text: --eval_dataset",
         )
-    rows = rows.shuffle(seed=config.split_seed) if config.dataset != STDLIB else rows
+    if config.mixture or config.dataset != STDLIB:  # stdlib comes shuffled
+        rows = rows.shuffle(seed=config.split_seed)
     count = min(max(1, round(len(rows) * config.eval_fraction)), len(rows) - 1)
     train = rows.select(range(count, len(rows)))
     return Documents(_capped(train, config), rows.select(range(count)))
@@ -140,6 +141,17 @@ def _looks_like_path(name: str) -> bool:
 
 def _local(path: Path, split: str, *, streaming: bool) -> Dataset | IterableDataset:
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    named = [p for p in files if p.name.startswith(split)]
+    if split != "train" or (named and len(named) < len(files)):
+        if not named or not path.is_dir():
+            raise DataError.of(
+                "eval_split",
+                split,
+                f"{path} has no file whose name begins with {split!r}",
+                "name held-out text: --eval_dataset",
+                "leave eval_split out: eval_fraction is split off",
+            )
+        files = named
     kinds = {_kind(file): file for file in files if _kind(file)}
     if not kinds:
         raise DataError.of(
@@ -172,8 +184,8 @@ def _kind(file: Path) -> str | None:
 
 
 def _paragraph_documents(file: Path) -> list[dict[str, str]]:
-    """Documents of a plain text file: what stands between three or more line ends, packed up to
-    about 8,000 characters, so that one long book can be split into train and held-out parts."""
+    """Documents of a plain text file: its paragraphs (blank lines between), joined up to about
+    8,000 characters, so that one long book can be split into train and held-out parts."""
     opener = gzip.open if file.suffix == ".gz" else open
     try:
         with opener(file, "rt", encoding="utf-8") as handle:
@@ -234,6 +246,8 @@ def _text_only(
     rows = rows.select_columns([column])
     if column != "text":
         rows = rows.rename_column(column, "text")
+    if isinstance(rows, Dataset) and rows.features["text"].dtype == "large_string":
+        rows = rows.cast_column("text", Value("string"))  # parts of a mixture must agree
     head = list(rows.take(100)) if isinstance(rows, IterableDataset) else rows[:100]["text"]
     head = [row["text"] if isinstance(row, dict) else row for row in head]
     wrong = [value for value in head if value is not None and not isinstance(value, str)]

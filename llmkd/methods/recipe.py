@@ -67,7 +67,8 @@ def read_recipe(argv: Sequence[str], types: tuple[type, ...]) -> Recipe:
         raise RecipeError(f"{rest[0]!r} stands where no value is expected; flags are --key value")
     settings = {key: value for key, value in vars(values).items() if key in _fields(types)}
     named = set(typed) | {flag.lstrip("-").split("=")[0].replace("-", "_") for flag in flags}
-    given = {key: value for key, value in settings.items() if key in named}
+    # --no_packing names packing
+    given = {k: v for k, v in settings.items() if k in named or f"no_{k}" in named}
     return Recipe(settings, given, types)
 
 
@@ -96,6 +97,9 @@ def _near(key: str, known: Mapping[str, Any]) -> list[str]:
 
 
 def _recipe_path(argv: list[str]) -> tuple[Path | None, list[str]]:
+    for place, word in enumerate(argv):
+        if word.startswith("--config="):
+            return Path(word.partition("=")[2]), argv[:place] + argv[place + 1 :]
     if "--config" in argv:
         place = argv.index("--config")
         if place + 1 >= len(argv):

@@ -57,13 +57,19 @@ class RunFolder:
         facts = self.facts()
         return bool(facts and facts["status"] == "done" and facts["key"] == key)
 
-    def claim(self, key: str | None, settings: dict[str, Any], *, overwrite: bool) -> None:
+    def finished_ever(self) -> bool:
+        """Whether some run stands here, done."""
+        return (self.facts() or {}).get("status") == "done"
+
+    def claim(self, key: str | None, settings: dict[str, Any], *, rows: str | None = None) -> None:
         """Refuse a folder that holds another run or other files; RunFolderError says what differs.
 
-        Before data and teacher are known `key` is None and the settings alone are compared. Safe on
-        every rank: nothing is written.
+        Before the teacher is known `key` is None, and the settings and, once it is known, the text
+        (`rows`, its fingerprint) are compared. Safe on every rank: nothing is written.
         """
         facts = self.facts()
+        if self.path.exists() and not self.path.is_dir():
+            raise RunFolderError.of("output_dir", str(self.path), "is a file", "name a folder")
         if facts is None:
             strangers = (
                 [p.name for p in self.path.glob("*.safetensors")] if self.path.is_dir() else []
@@ -79,7 +85,8 @@ class RunFolder:
         old, new = facts.get("settings", {}), json.loads(json.dumps(settings, default=str))
         changed = [name for name in {*old, *new} if old.get(name) != new.get(name)]
         changed = sorted(name for name in changed if name not in NOT_THE_RESULT)
-        if overwrite or facts["key"] == key or (key is None and not changed):
+        same_rows = rows is None or facts["data"]["fingerprint"] == rows
+        if facts["key"] == key or (key is None and not changed and same_rows):
             return
         shown = ", ".join(f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in changed[:4])
         raise RunFolderError.of(
@@ -87,7 +94,7 @@ class RunFolder:
             str(self.path),
             f"holds another recipe's run ({shown or 'other data, teacher or software'})",
             "choose another --output_dir",
-            "--overwrite_run true deletes the old run",
+            "--overwrite_run true replaces the old run",
         )
 
     def begin(self, key: str, facts: dict[str, Any], recipe: dict[str, Any]) -> None:
@@ -116,9 +123,15 @@ class RunFolder:
         )
 
     def clear(self) -> None:
-        """Delete an old run's files (called only after `claim` with overwrite)."""
+        """Delete an old run (only after `claim` refused it and overwrite_run was set)."""
         if self.main and self.path.is_dir():
             shutil.rmtree(self.path)
+
+    def keep_time(self) -> None:
+        """Write down the wall time so far, so that a killed part of a run counts too."""
+        if self.main:
+            self._write(self._timed())
+            self._began = time.monotonic()
 
     def end(self, **facts: Any) -> None:
         """Add what the run cost and mark it done."""

@@ -14,11 +14,24 @@ from llmkd.evaluation.report import write_report
 from llmkd.files import read_json, write_json
 from llmkd.hub import push_run
 from llmkd.methods.recipe import Recipe, read_recipe
+from llmkd.methods.run_folder import check_room
 from llmkd.methods.salt_config import TYPES, check_recipe, with_absolute_paths
 from llmkd.methods.salt_plan import Plan, make_rows, make_tokenizer
 from llmkd.methods.salt_select import choose_rows
-from llmkd.methods.salt_teacher import check_given_teacher, give_teacher, small_lm
-from llmkd.methods.stage import Stage, student_config, train
+from llmkd.methods.salt_teacher import (
+    check_given_teacher,
+    give_teacher,
+    small_lm,
+    teacher_stage,
+)
+from llmkd.methods.stage import (
+    Stage,
+    bytes_needed,
+    check_adapter,
+    check_borders,
+    student_config,
+    train,
+)
 
 BASELINE = "baseline"
 
@@ -37,17 +50,31 @@ def run(recipe: Recipe) -> Path:
     plan.tokenizer = make_tokenizer(plan, documents)
     plan.rows = make_rows(plan, documents)
     stages = [plan.stage(name, changes) for name, changes in plan.arms.items()]
-    for stage in stages:
-        student_config(stage)  # refuse a bad model before the small LM is trained
-        check_given_teacher(plan, stage)
-    plan.begin()
-    teacher = small_lm(plan)
+    small = teacher_stage(plan)
+    check_stages(plan, [*([small] if small else []), *stages])
+    plan.begin(documents)
+    teacher = small_lm(plan, small)
     for stage in stages:
         give_teacher(plan, stage, teacher)
         stage.first, stage.selection_flops = choose_rows(plan, stage, teacher)
         train(stage)
     finish(plan, stages)
     return plan.folder
+
+
+def check_stages(plan: Plan, stages: list[Stage]) -> None:
+    """Everything that can be refused before the first file is written: models, teachers, folders,
+    room on the disk.
+    """
+    needed = 0
+    for stage in stages:
+        check_given_teacher(plan, stage)
+        check_adapter(stage)
+        check_borders(stage)
+        if not stage.run.finished_ever():
+            needed += bytes_needed(student_config(stage), stage.training)
+    plan.claim_stages(stages)
+    check_room(plan.folder, needed)
 
 
 def resume(folder: str) -> Path:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from llmkd.data import DataConfig
 from llmkd.data.config import STDLIB, from_json
 from llmkd.errors import RecipeError, TeacherError
 from llmkd.hub import check_hub
-from llmkd.methods.recipe import Recipe
+from llmkd.methods.recipe import SECRETS, Recipe
 from llmkd.models.build import StudentConfig
 from llmkd.selection import SelectionConfig
 from llmkd.selection import find as find_selection
@@ -71,7 +72,15 @@ class TeacherConfig:
 
 
 TYPES = (DataConfig, StudentConfig, TeacherConfig, SelectionConfig, SaltConfig)
-ARM_KEYS_FIXED = ("output_dir", "arms", "overwrite_run", "dataset", "dataset_mixture", "seed_")
+# All arms share text, teacher and folder; and no arm may carry a token into a recipe.yaml.
+ARM_KEYS_FIXED = {
+    *(f.name for f in fields(DataConfig)),
+    *(f.name for f in fields(TeacherConfig) if f.name != "teacher_dtype"),
+    "output_dir",
+    *(f.name for f in fields(SaltConfig) if f.name.startswith(("hub_", "push_"))),
+}
+ARM_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+TAKEN = ("teacher", "tokenizer", "selection", "held_out.jsonl", "adapter")
 PATH_KEYS = (
     "dataset",
     "eval_dataset",
@@ -92,6 +101,12 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
             value = changed.get(key)
             if isinstance(value, str) and value != STDLIB and Path(value).expanduser().exists():
                 changed[key] = str(Path(value).expanduser().absolute())
+        if isinstance(changed.get("dataset_mixture"), list):
+            parts = [dict(part) for part in changed["dataset_mixture"] if isinstance(part, dict)]
+            for part in parts:
+                if Path(str(part.get("id"))).expanduser().exists():
+                    part["id"] = str(Path(part["id"]).expanduser().absolute())
+            changed["dataset_mixture"] = parts
         return changed
 
     return Recipe(absolute(recipe.settings), absolute(recipe.given), recipe.types)
@@ -135,7 +150,7 @@ def check_recipe(recipe: Recipe) -> None:
 def _check_arm(recipe: Recipe, name: str, changes: Any) -> None:
     if not isinstance(changes, dict):
         raise RecipeError.of(f"arms.{name}", changes, "must be a mapping of keys to values")
-    if "/" in name or name in ("teacher", "tokenizer", "selection"):
+    if name and (not ARM_NAME.fullmatch(name) or name in TAKEN or name.startswith("checkpoint-")):
         raise RecipeError.of(f"arms.{name}", changes, "cannot name a folder of the run")
     for key in changes:
         if key not in recipe.settings or key in ARM_KEYS_FIXED:
@@ -144,7 +159,7 @@ def _check_arm(recipe: Recipe, name: str, changes: Any) -> None:
             near = difflib.get_close_matches(key, recipe.settings, n=1)
             raise RecipeError.of(
                 f"arms.{name}.{key}",
-                changes[key],
+                "***" if key in SECRETS else changes[key],
                 "no such key" if key not in recipe.settings else "is one for all arms",
                 *(f"did you mean {match!r}?" for match in near if match != key),
             )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
+import datasets.config
 from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +22,7 @@ from llmkd.data import (
     train_bpe,
 )
 from llmkd.errors import RecipeError, RunFolderError
-from llmkd.files import digest, digest_texts, read_json, whole_folder, write_json, write_text
+from llmkd.files import digest, digest_texts, whole_folder, write_text
 from llmkd.methods.recipe import Recipe
 from llmkd.methods.run_folder import RunFolder, result_settings, settings_key
 from llmkd.methods.stage import Stage
@@ -40,6 +42,7 @@ class Plan:
     main: bool
     tokenizer: PreTrainedTokenizerBase | None = None
     rows: TokenRows | None = None
+    replaces: bool = False  # overwrite_run, and there is a run to overwrite
 
     @classmethod
     def of(cls, recipe: Recipe) -> Plan:
@@ -66,19 +69,41 @@ class Plan:
             Console().print(text, style="dim", highlight=False, soft_wrap=True)
 
     def claim(self) -> None:
-        """Refuse a folder that holds another recipe's run; with overwrite_run, delete that one."""
-        overwrite = self.recipe.build()[2].overwrite_run
-        try:
-            self.run.claim(None, self.recipe.settings, overwrite=False)
-        except RunFolderError:
-            if not overwrite or self.run.facts() is None:  # only runs of ours are ever deleted
-                raise
-            PartialState().wait_for_everyone()
-            self.run.clear()
-        PartialState().wait_for_everyone()
+        """Refuse a folder that holds another recipe's run, unless overwrite_run is set.
 
-    def begin(self) -> None:
-        """Write the parent's `run.json` and `recipe.yaml` (a single arm writes its own)."""
+        Nothing is deleted here: that waits until everything new has been checked.
+        """
+        self._claim(self.run, self.recipe.settings)
+
+    def claim_stages(self, stages: list[Stage]) -> None:
+        """The same for every arm and the teacher, now that the text is known."""
+        for stage in stages:
+            self._claim(stage.run, stage.settings, stage.rows.fingerprint)
+
+    def _claim(self, run: RunFolder, settings: dict[str, Any], rows: str | None = None) -> None:
+        try:
+            run.claim(None, settings, rows=rows)
+        except RunFolderError:
+            # only runs of ours are ever deleted
+            if not self.recipe.settings["overwrite_run"] or self.run.facts() is None:
+                raise
+            self.replaces = True
+
+    def begin(self, documents: Documents) -> None:
+        """From here on the folder is this run's: tokenizer, held-out text and, with several arms,
+        the parent's `run.json` and `recipe.yaml` (a single arm writes its own).
+        """
+        PartialState().wait_for_everyone()
+        if self.replaces:
+            self.run.clear()
+        if self.main:
+            texts = documents.held_out["text"]
+            lines = (json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts)
+            write_text(self.folder / "held_out.jsonl", "".join(lines))
+            assert self.tokenizer is not None
+            with whole_folder(self.folder / "tokenizer") as aside:
+                self.tokenizer.save_pretrained(aside)
+        PartialState().wait_for_everyone()
         if self.several:
             recipe = {**self.recipe.public(), "output_dir": str(self.folder)}
             facts = {
@@ -119,26 +144,22 @@ def make_tokenizer(plan: Plan, documents: Documents) -> PreTrainedTokenizerBase:
         raise RecipeError.of(
             "tokenizer_name_or_path", None, "a stream cannot train a tokenizer", "name one"
         )
-    folder, size = plan.folder / "tokenizer", plan.data.tokenizer_vocab_size
+    size = plan.data.tokenizer_vocab_size
     with PartialState().main_process_first():
         key = digest([digest_texts(documents.train["text"]), size])
-        known = read_json(folder / "llmkd.json")
-        if known and known["key"] == key:
+        # In the cache, not in the run's folder: that one may hold another run.
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "llmkd" / f"bpe-{key}"
+        if folder.is_dir():
             plan.say(f"tokenizer: reused (same text, {size} entries, key {key})")
             return load_tokenizer(str(folder))
         plan.say(f"tokenizer: training a byte-level BPE of {size} entries")
         with whole_folder(folder) as aside:
-            tokenizer = train_bpe(documents.train["text"], size, aside)
-            write_json(aside / "llmkd.json", {"key": key})
-        return tokenizer
+            train_bpe(documents.train["text"], size, aside)
+        return load_tokenizer(str(folder))
 
 
 def make_rows(plan: Plan, documents: Documents) -> TokenRows:
-    """Packed rows, and the held-out text as `held_out.jsonl` for the harness."""
+    """Packed rows; the main process makes them, the others find them in the cache."""
     assert plan.tokenizer is not None
     with PartialState().main_process_first():
-        rows = prepare_rows(documents, plan.tokenizer, plan.data, plan.say)
-    if plan.main:
-        lines = (json.dumps({"text": t}, ensure_ascii=False) for t in documents.held_out["text"])
-        write_text(plan.folder / "held_out.jsonl", "".join(f"{line}\n" for line in lines))
-    return rows
+        return prepare_rows(documents, plan.tokenizer, plan.data, plan.say)

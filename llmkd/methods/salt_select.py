@@ -16,11 +16,11 @@ from llmkd.files import digest
 from llmkd.methods.recipe import Recipe
 from llmkd.methods.salt_config import check_recipe
 from llmkd.methods.salt_plan import Plan, make_rows, make_tokenizer
-from llmkd.methods.salt_teacher import model_fingerprint, small_lm
+from llmkd.methods.salt_teacher import small_lm, teacher_stage
 from llmkd.methods.stage import Stage, global_batch, steps_of
 from llmkd.objectives import kd_steps
 from llmkd.selection import find, histogram, read_scores, save_scores, top_rows
-from llmkd.teachers.loading import load_model, whole_weights
+from llmkd.teachers.loading import load_model, model_fingerprint, whole_weights
 
 
 def choose_rows(
@@ -91,13 +91,21 @@ def select(recipe: Recipe) -> Path:
     """`llmkd select`: score the rows of a recipe's train split and draw the histogram."""
     check_recipe(recipe)
     plan = Plan.of(recipe)
+    plan.claim()
     documents = load_documents(plan.data)
     plan.tokenizer = make_tokenizer(plan, documents)
     plan.rows = make_rows(plan, documents)
     stage = plan.stage("", {})
     if stage.selection.selection is None:
         raise RecipeError.of("selection", None, "says nothing to select by", "--selection salt_ds")
-    teacher = None if stage.selection.selection_model_name_or_path else small_lm(plan)
+    needs_teacher = (
+        stage.selection.selection != "random"
+        and not stage.selection.selection_model_name_or_path
+        and not stage.selection.selection_scores
+    )
+    small = teacher_stage(plan) if needs_teacher else None
+    plan.claim_stages([stage, *([small] if small else [])])
+    teacher = small_lm(plan, small) if needs_teacher else None
     scores, _ = row_scores(plan, stage, teacher)
     steps = kd_steps(stage.training.kd_ratio, stage.steps)
     keep = min(steps * global_batch(stage.training), len(scores))

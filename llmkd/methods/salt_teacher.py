@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 from llmkd.evaluation.cost import forward_flops
-from llmkd.files import digest
-from llmkd.methods.run_folder import check_room
 from llmkd.methods.salt_plan import Plan
-from llmkd.methods.stage import EarlyCopy, Stage, bytes_needed, student_config, train
+from llmkd.methods.stage import EarlyCopy, Stage, student_config, train
 from llmkd.models.build import count_parameters
 from llmkd.teachers import LiveTeacher
+from llmkd.teachers.loading import check_weights, model_fingerprint
 
 # What a teacher trained here does not take from the recipe.
 TEACHER_CHANGES: dict[str, Any] = {
@@ -34,34 +31,40 @@ NOT_THE_TEACHERS = (
 
 
 def check_given_teacher(plan: Plan, stage: Stage) -> None:
-    """Refuse a named teacher that speaks other tokens, and rows too few, before anything trains."""
-    assert plan.tokenizer is not None
+    """Refuse a named teacher that speaks other tokens or holds NaN, before anything trains."""
     named = stage.settings["teacher_model_name_or_path"]
-    if named and stage.training.kd_ratio > 0:
+    if named and stage.training.kd_ratio > 0 and stage.training.kd_weight > 0:
+        assert plan.tokenizer is not None
         vocab = student_config(stage).vocab_size
-        LiveTeacher(named, revision=stage.settings["teacher_model_revision"]).check(
-            vocab, plan.tokenizer
-        )
-    check_room(stage.folder, bytes_needed(student_config(stage), stage.training))
+        revision = stage.settings["teacher_model_revision"]
+        LiveTeacher(named, revision=revision).check(vocab, plan.tokenizer)
+        check_weights(named, "teacher_model_name_or_path")
 
 
-def small_lm(plan: Plan) -> dict[str, Any] | None:
+def teacher_stage(plan: Plan) -> Stage | None:
+    """The small LM's own training; None where it is given or nobody teaches."""
+    teacher = plan.recipe.build()[2]
+    if not teacher.teacher_model_config:
+        return None
+    changes = TEACHER_CHANGES | {
+        "model_config": teacher.teacher_model_config,
+        "learning_rate": teacher.teacher_learning_rate or plan.training.learning_rate,
+    }
+    folder = plan.folder / "teacher"
+    stage = plan.stage("teacher", changes, folder)
+    for key in NOT_THE_TEACHERS:
+        stage.settings.pop(key)
+    stage.callbacks = [EarlyCopy(folder / "early", stage.selection.selection_early_ratio)]
+    return stage
+
+
+def small_lm(plan: Plan, stage: Stage | None) -> dict[str, Any] | None:
     """Facts of the teacher: pretrained here on the student's own stream, or given. None without."""
     teacher = plan.recipe.build()[2]
-    if teacher.teacher_model_config:
-        changes = TEACHER_CHANGES | {
-            "model_config": teacher.teacher_model_config,
-            "learning_rate": teacher.teacher_learning_rate or plan.training.learning_rate,
-        }
-        folder = plan.folder / "teacher"
-        stage = plan.stage("teacher", changes, folder)
-        for key in NOT_THE_TEACHERS:
-            stage.settings.pop(key)
-        ratio = stage.selection.selection_early_ratio
-        stage.callbacks = [EarlyCopy(folder / "early", ratio)]
+    if stage is not None:
         facts = train(stage)
         flops = 3 * facts["student"]["forward_flops_per_token"] * facts["tokens"]
-        return _teacher_facts(plan, str(folder), None, flops)
+        return _teacher_facts(plan, str(stage.folder), None, flops)
     if teacher.teacher_model_name_or_path:
         name, revision = teacher.teacher_model_name_or_path, teacher.teacher_model_revision
         return _teacher_facts(plan, name, revision, None)
@@ -82,20 +85,6 @@ def _teacher_facts(
     }
 
 
-def model_fingerprint(source: str, commit: str | None) -> str:
-    """Hash that changes with the weights: the Hub commit, or sizes and ends of the weight files."""
-    if not Path(source).is_dir():
-        return digest([source, commit])
-    total = hashlib.sha256()
-    for path in sorted(Path(source).glob("*.safetensors")):
-        with path.open("rb") as handle:
-            total.update(f"{path.name} {path.stat().st_size}".encode())
-            total.update(handle.read(1 << 20))
-            handle.seek(max(path.stat().st_size - (1 << 20), 0))
-            total.update(handle.read())
-    return total.hexdigest()[:16]
-
-
 def give_teacher(plan: Plan, stage: Stage, facts: dict[str, Any] | None) -> None:
     """A fresh teacher for an arm that has a KD stage; its predecessor left at the switch."""
     training = stage.training
@@ -103,5 +92,8 @@ def give_teacher(plan: Plan, stage: Stage, facts: dict[str, Any] | None) -> None
         return
     stage.teacher_facts = facts
     stage.teacher = LiveTeacher(
-        facts["source"], revision=facts["revision"], dtype=stage.settings["teacher_dtype"]
+        facts["source"],
+        revision=facts["revision"],
+        dtype=stage.settings["teacher_dtype"],
+        packed=stage.data.packing,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from datasets import Dataset, IterableDataset
@@ -24,7 +25,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import get_peft_config, get_quantization_config
 
 from llmkd.data import PackedCollator, TokenRows, pad_id, training_order
-from llmkd.errors import DataError
+from llmkd.errors import DataError, RecipeError
 from llmkd.evaluation.cost import forward_flops
 from llmkd.files import digest, fsync_tree, move_into, write_json
 from llmkd.methods.recipe import Recipe
@@ -33,18 +34,26 @@ from llmkd.models.build import (
     check_vocabulary,
     check_window,
     count_parameters,
+    empty_model,
     model_config,
     new_model,
 )
 from llmkd.objectives import kd_steps
 from llmkd.teachers import LiveTeacher
-from llmkd.teachers.loading import load_config, load_model, whole_weights
+from llmkd.teachers.loading import (
+    check_packing,
+    load_config,
+    load_model,
+    model_fingerprint,
+    whole_weights,
+)
 from llmkd.trainers import SaltConfig, SaltTrainer
 from llmkd.trainers.bar import quiet_bar
 from llmkd.trainers.callbacks import MetricsFile
 from llmkd.trainers.checkpoints import last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
+PROBED_BELOW = 300_000_000  # parameters a model may have to be made just for a question
 
 
 @dataclass
@@ -75,9 +84,10 @@ class Stage:
     def key(self) -> str:
         """Hash of all that decides the result."""
         teacher = (self.teacher_facts or {}).get("fingerprint")
+        student = model_fingerprint(self.student.model_name_or_path, self.student.model_revision)
         first = digest(self.first.tolist()) if self.first is not None else None
         batch = global_batch(self.training)
-        return settings_key(self.settings, self.rows.fingerprint, teacher, first, batch)
+        return settings_key(self.settings, self.rows.fingerprint, teacher, student, first, batch)
 
 
 def train(stage: Stage) -> dict[str, Any]:
@@ -87,12 +97,13 @@ def train(stage: Stage) -> dict[str, Any]:
     only after training ended.
     """
     run, key = stage.run, stage.key
-    run.claim(key, stage.settings, overwrite=False)
+    run.claim(key, stage.settings)
     facts = run.facts()
     if facts and run.finished(key):
         stage.say(f"{stage.name}: reused, {stage.folder} holds this very run (key {key})")
         return facts
     config = student_config(stage)
+    stage.callbacks.append(_KeepTime(run))
     check_room(stage.folder, bytes_needed(config, stage.training))
     PartialState().wait_for_everyone()
     run.begin(key, _facts(stage, config), recipe_yaml(stage))
@@ -116,8 +127,11 @@ def make_trainer(stage: Stage, config: PretrainedConfig) -> SaltTrainer:
     args = stage.training
     args.max_steps = stage.steps
     args.train_sampling_strategy = "sequential"
+    model = _model(stage, config)
+    if stage.data.packing and not is_deepspeed_zero3_enabled():
+        check_packing(model, "model_name_or_path" if stage.student.model_name_or_path else "model")
     trainer = SaltTrainer(
-        _model(stage, config),
+        model,
         args,
         teacher=stage.teacher,
         peft_config=get_peft_config(stage.student),
@@ -144,8 +158,7 @@ def student_config(stage: Stage) -> PretrainedConfig:
         if (commit := getattr(config, "_commit_hash", None)) is not None:
             logger.info("%s at revision %s", student.model_name_or_path, commit)
     else:
-        key = "model_config"
-        assert isinstance(student.model_config, dict)
+        key = "teacher_model_config" if stage.name == "teacher" else "model_config"
         config = model_config(student.model_config, stage.tokenizer, key)
     check_vocabulary(config, stage.tokenizer, key)
     check_window(config, stage.data.max_length, key)
@@ -308,6 +321,14 @@ def _save(stage: Stage, trainer: SaltTrainer, scores: dict[str, float]) -> None:
     stage.run.end(tokens=trainer.state.num_input_tokens_seen)
 
 
+class _KeepTime(TrainerCallback):
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.run.keep_time()
+
+
 class EarlyCopy(TrainerCallback):
     """Keeps a copy of the model at one step: the early small LM that scores rows for SALT_DS.
 
@@ -330,3 +351,36 @@ class EarlyCopy(TrainerCallback):
             fsync_tree(aside)
             shutil.rmtree(self.folder, ignore_errors=True)
             os.replace(aside, self.folder)
+
+
+def check_adapter(stage: Stage) -> None:
+    """RecipeError where the LoRA keys do not fit the student; asked of a model without weights."""
+    config = student_config(stage)
+    peft_config = get_peft_config(stage.student)
+    if peft_config is None:
+        return
+    from peft import get_peft_model
+
+    try:
+        with torch.device("meta"):
+            get_peft_model(empty_model(config), peft_config)
+    except ValueError as error:
+        raise RecipeError.of(
+            "lora_target_modules",
+            stage.student.lora_target_modules,
+            str(error).splitlines()[0][:300],
+            "leave it out for the type's default",
+        ) from error
+
+
+def check_borders(stage: Stage) -> None:
+    """RecipeError where a new model of this shape lets packed documents see each other.
+
+    Asked of a model made for the question; a large or a loaded one is asked when it is there.
+    """
+    config = student_config(stage)
+    if not stage.data.packing or stage.student.model_name_or_path:
+        return
+    if count_parameters(config) <= PROBED_BELOW:
+        with whole_weights():
+            check_packing(new_model(config, seed=0), "model_config")

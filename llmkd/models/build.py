@@ -42,6 +42,8 @@ def model_config(settings: dict[str, Any], tokenizer: Tokenizer, key: str) -> Pr
 
     Raises RecipeError for a missing or unknown model_type and for keys that type does not have.
     """
+    if not isinstance(settings, dict):
+        raise RecipeError.of(key, settings, "must be a mapping", "{model_type: llama, ...}")
     settings = dict(settings)
     kind = settings.pop("model_type", None)
     if kind is None:
@@ -64,7 +66,17 @@ def model_config(settings: dict[str, Any], tokenizer: Tokenizer, key: str) -> Pr
     settings.setdefault("vocab_size", len(tokenizer))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         settings.setdefault(name, getattr(tokenizer, name))
-    return AutoConfig.for_model(kind, **settings)
+    try:
+        config = AutoConfig.for_model(kind, **settings)
+        empty_model(config)
+    except Exception as error:  # upstream raises a type of its own for every kind of slip
+        raise RecipeError.of(
+            key,
+            settings,
+            f"makes no causal language model: {type(error).__name__}: {str(error)[:300]}",
+            "hidden_size must be a multiple of num_attention_heads, sizes whole and above 0",
+        ) from error
+    return config
 
 
 def _nearest(name: str, known: set[str]) -> list[str]:
@@ -107,10 +119,14 @@ def check_vocabulary(config: PretrainedConfig, tokenizer: Tokenizer, key: str) -
         )
 
 
-def count_parameters(config: PretrainedConfig) -> int:
-    """Parameters of the model `config` describes, without making its weights."""
+def empty_model(config: PretrainedConfig) -> Any:
+    """The model `config` describes, on the meta device: every shape, no weights."""
     # Not `from_config`: under ZeRO-3 that initialises weights, which a meta tensor does not have.
     kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
     with torch.device("meta"):
-        model = kind(config)
-    return sum(p.numel() for p in model.parameters())
+        return kind(config)
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """Parameters of the model `config` describes, without making its weights."""
+    return sum(p.numel() for p in empty_model(config).parameters())

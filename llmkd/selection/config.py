@@ -51,5 +51,6 @@ class SelectionConfig:
             value = getattr(self, key)
             if not 0.0 <= value <= 1.0:
                 raise RecipeError.of(key, value, "must lie in [0, 1]")
-        if self.selection_top_k < 1:
-            raise RecipeError.of("selection_top_k", self.selection_top_k, "must be at least 1")
+        for key in ("selection_top_k", "selection_batch_size"):
+            if getattr(self, key) < 1:
+                raise RecipeError.of(key, getattr(self, key), "must be at least 1")

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llmkd.data.tokenizer import load_tokenizer
 from llmkd.errors import RecipeError, TeacherError
-from llmkd.teachers.loading import load_config, load_model
+from llmkd.teachers.loading import check_packing, load_config, load_model
 from llmkd.types import DenseLogits
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,12 @@ class LiveTeacher:
         *,
         revision: str | None = None,
         dtype: str = "auto",
+        packed: bool = False,
     ) -> None:
         self.source = source
         self.revision = revision
         self.dtype = dtype
+        self.packed = packed
         self.model: Any = source if isinstance(source, torch.nn.Module) else None
         self.shared: int | None = None
         self.forwards = 0
@@ -89,7 +91,10 @@ class LiveTeacher:
     def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         try:
             own = load_tokenizer(str(self.source), self.revision)
-        except RecipeError:
+        except RecipeError as error:
+            folder = Path(str(self.source))
+            if not folder.is_dir() or any(folder.glob("*token*")):
+                raise TeacherError(str(error)) from error
             logger.warning(
                 "teacher %s ships no tokenizer; its vocabulary is not checked", self.name
             )
@@ -126,6 +131,8 @@ class LiveTeacher:
         self.model.requires_grad_(False)
         self.model.eval()
         self._check_finite()
+        if self.packed and not hasattr(next(self.model.parameters()), "ds_tensor"):
+            check_packing(self.model, "teacher")
         self._place(accelerator)
         self._accelerator = accelerator
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from llmkd.errors import RecipeError
+from llmkd.errors import RecipeError, TeacherError
+from llmkd.files import digest
 
 
 def load_model(
@@ -72,3 +75,74 @@ def whole_weights() -> Iterator[None]:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
+def model_fingerprint(source: str | None, commit: str | None) -> str | None:
+    """Hash that changes with the weights: the Hub commit, or sizes and ends of the weight files."""
+    if source is None:
+        return None
+    if not Path(source).is_dir():
+        return digest([source, commit])
+    total = hashlib.sha256()
+    for path in sorted(Path(source).glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as handle:
+            total.update(f"{path.name} {size}".encode())
+            total.update(handle.read(1 << 20))
+            handle.seek(max(size - (1 << 20), 0))
+            total.update(handle.read())
+    return total.hexdigest()[:16]
+
+
+def check_weights(source: str, key: str) -> None:
+    """TeacherError where a local folder's safetensors hold NaN or infinity (a Hub id is checked
+    when it is loaded).
+    """
+    from safetensors import safe_open
+
+    if not Path(source).is_dir():
+        return
+    for path in sorted(Path(source).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                values = weights.get_tensor(name)
+                if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+                    raise TeacherError.of(
+                        key,
+                        source,
+                        f"its weight {name} holds NaN or infinity",
+                        "download or export it again",
+                    )
+
+
+@torch.no_grad()
+def check_packing(model: Any, key: str) -> None:
+    """RecipeError where a document in a packed row can see the one before it.
+
+    Most decoders take document borders from position ids that restart; some ignore them (OPT,
+    BLOOM, Falcon, MPT, state-space models). Asked of the model itself: the second document's logits
+    must not change with the first.
+    """
+    device = next(model.parameters()).device
+    first = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]], device=device)
+    other = first.clone()
+    other[0, :4] = torch.tensor([4, 3, 2, 1], device=device)
+    places = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
+    training = model.training
+    model.eval()
+    try:
+        one, two = (
+            model(input_ids=ids, position_ids=places, use_cache=False).logits[:, 4:].float()
+            for ids in (first, other)
+        )
+        leaks = (one - two).abs().max().item() > 1e-5 * one.abs().max().item()
+    except TypeError:  # a model that takes no position ids cannot tell documents apart
+        leaks = True
+    model.train(training)
+    if leaks:
+        raise RecipeError.of(
+            "packing",
+            True,
+            f"{model.config.model_type} ({key}) lets packed documents see each other",
+            "--packing false --truncate true",
+        )

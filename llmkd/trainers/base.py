@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -52,6 +52,8 @@ class SoftLabelTrainer(Trainer):
         self._loss_shifts_labels = True
         self._sums: dict[str, Tensor] = defaultdict(self._zero)
         self._rows_in_step: list[int] = []
+        self.tokens_in_step = 0
+        self.add_callback(_CountTokens(self))
 
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=self.args.device)
@@ -64,28 +66,27 @@ class SoftLabelTrainer(Trainer):
     def record(self, term: LossTerm) -> None:
         """Add a term's sums to what the next log line will show as means per token."""
         self._sums["count"] += term.count
+        if "kl" in term.metrics:
+            self._sums["kd_count"] += term.count
         for name, value in term.metrics.items():
             self._sums[name] += value
 
     def take_sums(self) -> dict[str, float]:
-        """Sums since the last call over all ranks; counts the tokens into the trainer state.
-
-        A collective: every rank calls it at the same step.
-        """
+        """Sums since the last call over all ranks. A collective: all call it at the same step."""
         names = sorted(self._sums)
         if not names:
             return {}
         sums = self.accelerator.reduce(torch.stack([self._sums[n] for n in names]), "sum")
         self._sums.clear()
-        taken = dict(zip(names, cast(Tensor, sums).tolist(), strict=True))
-        self.state.num_input_tokens_seen += int(taken["count"])
-        return taken
+        return dict(zip(names, cast(Tensor, sums).tolist(), strict=True))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         """Upstream's step, stopped at a loss that is not finite."""
         rows = inputs.get("rows")
         self._rows_in_step = rows.tolist() if rows is not None else []
         loss = super().training_step(model, inputs, *args)
+        # args[0] counts the target tokens of the whole step, over ranks and micro-batches
+        self.tokens_in_step = int(args[0]) if args and args[0] is not None else 0
         self._require_finite("loss", loss)
         return loss
 
@@ -108,6 +109,10 @@ class SoftLabelTrainer(Trainer):
             )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        for name, weight in model.named_parameters():
+            values = getattr(weight, "ds_tensor", weight)  # under ZeRO-3 this rank's shard
+            if not bool(torch.isfinite(values).all()):
+                self._require_finite(f"weight {name}", float("nan"))
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -139,6 +144,16 @@ class SoftLabelTrainer(Trainer):
         if self.bytes_per_token:
             metrics["bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
         return metrics
+
+
+class _CountTokens(TrainerCallback):
+    """Counts every step's target tokens into the state, where checkpoints and logs find them."""
+
+    def __init__(self, trainer: SoftLabelTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.num_input_tokens_seen += self.trainer.tokens_in_step
 
 
 def for_the_model(inputs: dict[str, Any]) -> dict[str, Any]:

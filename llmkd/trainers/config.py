@@ -70,6 +70,12 @@ class SaltConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # without it upstream refuses bf16 on a machine that has no GPU
         super().__post_init__()
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, key) < 1:
+                raise RecipeError.of(key, getattr(self, key), "must be at least 1")
+        for key, least in (("learning_rate", 0.0), ("weight_decay", 0.0), ("save_steps", 1e-9)):
+            if not getattr(self, key) >= least:
+                raise RecipeError.of(key, getattr(self, key), "is too small")
         for key in ("kd_ratio", "kd_weight", "transition_hold"):
             value = getattr(self, key)
             if not 0.0 <= value <= 1.0:

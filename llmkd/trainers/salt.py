@@ -50,11 +50,18 @@ class SaltTrainer(SoftLabelTrainer):
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(args, SaltConfig):
+            raise RecipeError.of("args", type(args).__name__, "SaltTrainer takes a SaltConfig")
         if isinstance(model, str):
             model = load_model(model)
         vocab = model.config.get_text_config().vocab_size
         if peft_config is not None:
             model = with_adapter(model, peft_config, args)
+        words = getattr(kwargs.get("processing_class"), "__len__", lambda: 0)()
+        if vocab < words:
+            raise RecipeError.of(
+                "model", f"vocab_size {vocab}", f"is smaller than the tokenizer's {words} entries"
+            )
         super().__init__(model=model, args=args, **kwargs)
         wants_teacher = args.kd_ratio > 0 and args.kd_weight > 0
         if wants_teacher and teacher is None:
@@ -119,8 +126,9 @@ class SaltTrainer(SoftLabelTrainer):
         """Add the means per token since the last training line: ce, kl, teacher_entropy."""
         if "loss" in logs:
             sums = self.take_sums()
-            count = max(sums.pop("count", 0.0), 1.0)
-            logs |= {name: value / count for name, value in sums.items()}
+            count, kd_count = sums.pop("count", 0.0), sums.pop("kd_count", 0.0)
+            for name, value in sums.items():  # ce over all tokens, the rest over the taught ones
+                logs[name] = value / max(count if name == "ce" else kd_count, 1.0)
             logs["kd_weight"] = self._last_weight
         super().log(logs, start_time)
 

@@ -39,7 +39,7 @@ def timed(function: Callable[[], object]) -> float:
 
 def main() -> None:
     """Print the three medians and the share of the ideal throughput."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=12)
     repeats = parser.parse_args().repeats
     recipe = yaml.safe_load((shipped("recipes") / "salt" / "quickstart.yaml").read_text())

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -60,7 +61,7 @@ RECIPE = {
 def start(*words: str) -> subprocess.Popen:
     """`llmkd ...` in a process group of its own."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(
         [sys.executable, "-m", "llmkd.cli", *words], env=env, start_new_session=True, **quiet
     )
@@ -82,7 +83,7 @@ def same(one: Path, other: Path) -> bool:
 
 def main() -> None:
     """Print one line a kill and the count of equal results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/llmkd-kill"))
     args = parser.parse_args()

@@ -117,15 +117,102 @@ def test_another_recipe_is_refused_and_says_what_differs(tmp_path, capsys):
     assert not same(weights(tmp_path / "run" / "baseline"), kept)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def test_changed_text_is_another_run(tmp_path, capsys):
     arms = {"baseline": {"kd_ratio": 0.0}}
     path = recipe(tmp_path, arms=arms, max_steps=2)
     assert main(["salt", path]) == 0
+    before = contents(tmp_path / "run")
+    (tmp_path / "rows.jsonl").touch()
+    assert main(["salt", path]) == 0  # touched, not changed
+    assert weights(tmp_path / "run" / "baseline")
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"text": t}) + "\n" for t in sentences(80, seed=4))
     )
+    before = contents(tmp_path / "run")
     assert main(["salt", path]) == 1
     assert "other data, teacher or software" in capsys.readouterr().err
+    assert contents(tmp_path / "run") == before
+    assert main(["salt", path, "--overwrite_run", "true"]) == 0  # the way out it names
+    assert contents(tmp_path / "run")["held_out.jsonl"] != before["held_out.jsonl"]
+
+
+def test_overwriting_waits_until_the_new_input_is_checked(tmp_path, capsys):
+    arms = {"baseline": {"kd_ratio": 0.0}}
+    assert main(["salt", recipe(tmp_path, arms=arms, max_steps=2)]) == 0
+    before = contents(tmp_path / "run")
+    other = recipe(tmp_path, arms=arms, max_steps=2, learning_rate=0.02, max_length=64)
+    assert main(["salt", other, "--overwrite_run", "true"]) == 1
+    assert "longer than the window" in capsys.readouterr().err
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_changed_arm_is_refused_before_anything_trains(tmp_path, capsys):
+    arms = {"salt": {}}
+    assert main(["salt", recipe(tmp_path, arms=arms, max_steps=2)]) == 0
+    before = contents(tmp_path / "run")
+    other = recipe(tmp_path, arms={"new": {}, "salt": {"kd_ratio": 1.0}}, max_steps=2)
+    assert main(["salt", other]) == 1
+    assert "kd_ratio: 0.5 -> 1.0" in capsys.readouterr().err
+    assert contents(tmp_path / "run") == before
+
+
+def test_other_weights_in_the_students_folder_are_another_run(tmp_path, capsys):
+    first = recipe(tmp_path / "a", arms={"baseline": {"kd_ratio": 0.0}}, max_steps=2)
+    assert main(["salt", first]) == 0
+    base = tmp_path / "a" / "run" / "baseline"
+    again = recipe(
+        tmp_path / "b",
+        model_config=None,
+        model_name_or_path=str(base),
+        teacher_model_config=None,
+        arms=None,
+        kd_ratio=0.0,
+        max_steps=2,
+    )
+    assert main(["salt", again]) == 0
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(0.5)
+    model.save_pretrained(base)
+    assert main(["salt", again]) == 1
+    assert "holds another recipe's run" in capsys.readouterr().err
+
+
+def test_a_nan_teacher_is_refused_before_the_baseline_trains(tmp_path, capsys):
+    first = recipe(tmp_path / "a", arms={"baseline": {"kd_ratio": 0.0}}, max_steps=2)
+    assert main(["salt", first]) == 0
+    made = tmp_path / "a" / "run"
+    model = AutoModelForCausalLM.from_pretrained(made / "teacher")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(tmp_path / "bad")
+    AutoTokenizer.from_pretrained(made / "teacher").save_pretrained(tmp_path / "bad")
+    again = recipe(
+        tmp_path / "b", teacher_model_config=None, teacher_model_name_or_path=str(tmp_path / "bad")
+    )
+    assert main(["salt", again]) == 1
+    assert "model.norm.weight holds NaN" in capsys.readouterr().err
+    assert not (tmp_path / "b" / "run").exists()
+
+
+def test_bits_per_byte_counts_the_bytes_that_were_cut(tmp_path):
+    long = [" ".join(sentences(12, seed=s)) for s in range(40)]
+    for name, strategy in (("a", "bfd_split"), ("b", "bfd")):
+        path = recipe(
+            tmp_path / name, arms={"baseline": {"kd_ratio": 0.0}}, packing_strategy=strategy
+        )
+        lines = "".join(json.dumps({"text": t}) + "\n" for t in long)
+        (tmp_path / name / "rows.jsonl").write_text(lines)
+        assert main(["salt", path]) == 0
+    one, two = (
+        read_json(tmp_path / name / "run" / "baseline" / "eval.json")["held_out"] for name in "ab"
+    )
+    ratio = [scores["bits_per_byte"] / scores["loss"] for scores in (one, two)]
+    assert ratio[0] == pytest.approx(ratio[1])
 
 
 def test_single_run_lies_in_the_output_folder_and_resumes_from_it_alone(tmp_path):
@@ -232,6 +319,27 @@ BAD = {
     "config key": ({"model_config": {**LARGE, "hiden_size": 3}}, "did you mean 'hidden_size'"),
     "model type": ({"model_config": {"model_type": "lama"}}, "no such type"),
     "vocabulary": ({"model_config": {**LARGE, "vocab_size": 100}}, "smaller than the tokenizer"),
+    "teacher config": (
+        {"teacher_model_config": {**SMALL, "hiden_size": 3}},
+        "teacher_model_config.hiden_size",
+    ),
+    "heads": ({"model_config": {**LARGE, "num_attention_heads": 3}}, "makes no causal language"),
+    "no mapping": ({"model_config": [1, 2]}, "model_config: [1, 2]: must be a mapping"),
+    "no causal LM": ({"model_config": {"model_type": "vit"}}, "makes no causal language model"),
+    "batch of none": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: 0"),
+    "negative rate": ({"learning_rate": -1.0}, "learning_rate: -1.0"),
+    "no held-out rows": ({"max_eval_rows": 0}, "max_eval_rows: 0"),
+    "split of a file": ({"eval_split": "test"}, "eval_split: 'test'"),
+    "arm with text": ({"arms": {"a": {"max_length": 16}}}, "arms.a.max_length: 16: is one for all"),
+    "arm with teacher": (
+        {"arms": {"a": {"teacher_model_name_or_path": "x"}}},
+        "arms.a.teacher_model_name_or_path",
+    ),
+    "arm outside": ({"arms": {"..": {}}}, "cannot name a folder of the run"),
+    "leaky packing": (
+        {"model_config": {"model_type": "opt", "hidden_size": 16, "num_attention_heads": 2}},
+        "lets packed documents see each other",
+    ),
     "teacher": (
         {"teacher_model_config": None, "teacher_model_name_or_path": "./no-teacher"},
         "teacher_model_name_or_path: './no-teacher'",
@@ -245,8 +353,7 @@ def test_bad_input_is_one_error_and_no_model(tmp_path, capsys, what):
     assert main(["salt", recipe(tmp_path, **changes)]) == 1
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error
-    assert not list((tmp_path / "run").rglob("*.safetensors"))
-    assert not list((tmp_path / "run").rglob("run.json"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_room_is_said_before_training(tmp_path, capsys, monkeypatch):
@@ -255,5 +362,6 @@ def test_no_room_is_said_before_training(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     assert main(["salt", recipe(tmp_path)]) == 1
+    assert not (tmp_path / "run").exists()
     assert "GiB free, the run needs about" in capsys.readouterr().err
     assert not list((tmp_path / "run").rglob("*.safetensors"))

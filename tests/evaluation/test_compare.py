@@ -82,7 +82,8 @@ def test_without_a_baseline_or_a_crossing_the_ratios_are_empty(tmp_path):
 
 
 def test_flops_of_a_llama_by_hand():
-    # per layer: q, k, v, o 4 * 2 * 8 * 8, scores 2 * 2 * 8 * 32, MLP 3 * 2 * 8 * 16; head 2 * 50 * 8
+    # a layer: q, k, v, o 4 * 2 * 8 * 8, scores 2 * 2 * 8 * 32, MLP 3 * 2 * 8 * 16
+    # and the head 2 * 50 * 8
     config = LlamaConfig(
         vocab_size=50,
         hidden_size=8,

@@ -118,6 +118,19 @@ def test_secrets_are_not_written_down(tmp_path):
     assert "hf_secret" not in str(result_settings(recipe.settings))
 
 
+def test_an_arm_cannot_carry_a_token(tmp_path, capsys):
+    arms = {"a": {"hub_token": "hf_secret123456", "kd_ratio": 0}}
+    path = write(tmp_path, model_name_or_path="x", arms=arms)
+    assert main(["salt", path]) == 1
+    error = capsys.readouterr().err
+    assert "arms.a.hub_token" in error and "hf_secret" not in error
+
+
+def test_negated_flags_are_written_down(tmp_path):
+    assert read_recipe([write(tmp_path), "--no_packing"], TYPES).given["packing"] is False
+    assert read_recipe([f"--config={write(tmp_path)}"], TYPES).given["output_dir"]
+
+
 def test_local_paths_become_absolute(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n')
     monkeypatch.chdir(tmp_path)

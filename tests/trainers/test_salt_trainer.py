@@ -331,6 +331,70 @@ def test_log_lines_hold_means_per_token_and_the_weight_used(tmp_path):
     assert trainer.state.num_input_tokens_seen == expected
 
 
+@pytest.mark.parametrize("logging, saving, evaluating", [(3, 2, 5), (7, 3, 2), (500, 4, 3)])
+def test_tokens_are_counted_whatever_the_rhythm(tmp_path, logging, saving, evaluating):
+    settings = {"kd_ratio": 0.3, "max_steps": 6, "logging_steps": logging}
+    settings |= {"save_strategy": "steps", "save_steps": saving}
+    settings |= {"eval_strategy": "steps", "eval_steps": evaluating}
+    trainer = make(tmp_path / "a", **settings)
+    trainer.train()
+    lengths = [len(ids) - 1 for ids in token_rows()["input_ids"]]
+    assert trainer.state.num_input_tokens_seen == sum(lengths)
+    stop = saving * (5 // saving)
+    again = make(tmp_path / "b", **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{stop}"))
+    assert again.state.num_input_tokens_seen == sum(lengths)
+
+
+def test_eval_lines_know_their_tokens_between_log_lines(tmp_path):
+    import json
+
+    from llmkd.trainers.callbacks import MetricsFile
+
+    trainer = make(
+        tmp_path,
+        kd_ratio=0.0,
+        max_steps=5,
+        logging_steps=4,
+        eval_strategy="steps",
+        eval_steps=3,
+        callbacks=[MetricsFile(tmp_path)],
+    )
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lengths = [len(ids) - 1 for ids in token_rows()["input_ids"]]
+    tokens = [x["tokens"] for x in lines if "eval_loss" in x]
+    assert tokens == [sum(lengths[:12]), sum(lengths[:20])]  # after step 3 and at the end
+
+
+def test_weights_that_overflowed_are_never_marked_whole(tmp_path):
+    # with clipping off nothing looks at the gradient; the update itself overflows
+    trainer = make(
+        tmp_path,
+        kd_ratio=0.0,
+        max_grad_norm=0.0,
+        learning_rate=1e38,
+        optim="sgd",
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=6,
+    )
+    with pytest.raises(NonFiniteError):
+        trainer.train()
+    for folder in tmp_path.glob(f"checkpoint-*/{MARK}"):
+        from safetensors.torch import load_file
+
+        kept = load_file(folder.parent / "model.safetensors")
+        assert all(torch.isfinite(value).all() for value in kept.values())
+
+
+def test_plain_training_arguments_are_refused(tmp_path):
+    from transformers import TrainingArguments
+
+    with pytest.raises(RecipeError, match="takes a SaltConfig"):
+        SaltTrainer(tiny_llama(1), TrainingArguments(str(tmp_path), use_cpu=True))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_lora_student_trains_only_its_adapter(tmp_path, checkpointing):
     from peft import LoraConfig
