@@ -84,3 +84,5 @@ def test_paths_named_in_markdown_exist():
     ]:
         for name in wanted.findall(page.read_text()):
             assert (REPO / name.rstrip("./")).exists(), f"{page.name} names {name}"
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"

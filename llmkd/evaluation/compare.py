@@ -48,6 +48,7 @@ class ArmResult:
     flops_ratio_with_forwards: float | None
     flops_ratio_with_training: float | None
     wall_seconds: float
+    target: float | None = None  # the baseline's final loss, where there is a baseline
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -99,6 +100,7 @@ def _one(name: str, folder: Path, target: float | None, total: int | None) -> Ar
         flops_ratio_with_forwards=ratios[1],
         flops_ratio_with_training=ratios[2],
         wall_seconds=facts["wall_seconds"],
+        target=target,
     )
 
 
@@ -143,6 +145,8 @@ def print_table(rows: list[ArmResult], baseline: str) -> None:
         table.add_row(*(show(row) for _, show in HEADINGS))
     console = Console()
     console.print(table)
+    if rows and rows[0].target is None:
+        return
     console.print(
         f"tokens and FLOPs are those needed to reach {baseline}'s final loss, as a share of "
         f"{baseline}'s own: (a) teacher free, (b) + teacher forwards, (c) + teacher training and "
@@ -160,7 +164,7 @@ HEADINGS = (
     ("nats/token", lambda r: f"{r.loss:.4f}"),
     ("bits/byte", lambda r: _number(r.bits_per_byte, ".4f")),
     ("accuracy", lambda r: f"{r.accuracy:.2%}"),
-    ("tokens (a)", lambda r: _number(r.tokens_ratio, ".1%", "> 100%")),
+    ("tokens (a)", lambda r: _number(r.tokens_ratio, ".1%", "> 100%" if r.target else "-")),
     ("FLOPs (b)", lambda r: _number(r.flops_ratio_with_forwards, ".1%")),
     ("FLOPs (c)", lambda r: _number(r.flops_ratio_with_training, ".1%")),
     ("minutes", lambda r: f"{r.wall_seconds / 60:.1f}"),

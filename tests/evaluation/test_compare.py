@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import GPT2Config, LlamaConfig
 
-from llmkd.evaluation.compare import Curve, compare
+from llmkd.evaluation.compare import Curve, compare, print_table
 from llmkd.evaluation.cost import forward_flops
 from llmkd.evaluation.report import write_report
 
@@ -74,10 +74,13 @@ def test_a_given_teachers_training_is_unknown_not_free(tmp_path):
     assert row.flops_ratio_with_forwards is not None and row.flops_ratio_with_training is None
 
 
-def test_without_a_baseline_or_a_crossing_the_ratios_are_empty(tmp_path):
+def test_without_a_baseline_or_a_crossing_the_ratios_are_empty(tmp_path, capsys):
     base = run_folder(tmp_path / "baseline", [5.0, 3.0])
     slow = run_folder(tmp_path / "slow", [5.0, 4.0])
-    assert compare({"slow": slow}, "baseline")[0].tokens_ratio is None
+    alone = compare({"slow": slow}, "baseline")
+    assert alone[0].tokens_ratio is None and alone[0].target is None
+    print_table(alone, "baseline")
+    assert "baseline's final loss" not in capsys.readouterr().out
     assert compare({"baseline": base, "slow": slow}, "baseline")[1].tokens_ratio is None
 
 
