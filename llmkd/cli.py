@@ -18,7 +18,6 @@ VERBS = {
     "report": "make report.html of a run folder again",
     "push": "push a finished run folder to the Hub, with its card",
 }
-LAUNCH_FLAGS = ("--accelerate_config", "--num_processes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

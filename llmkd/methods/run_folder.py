@@ -26,7 +26,7 @@ NOT_THE_RESULT = (
     "report_to run_name project push_to_hub hub_token hub_private_repo hub_model_id hub_strategy "
     "hub_always_push hub_revision save_steps save_strategy save_total_limit save_only_model "
     "resume_from_checkpoint overwrite_run log_level log_level_replica dataloader_num_workers "
-    "do_train do_eval do_predict arms local_rank trackio_space_id lm_eval_tasks"
+    "do_train do_eval do_predict arms local_rank trackio_space_id"
 ).split()
 
 
