@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from llmkd.errors import RecipeError
 from llmkd.types import LossTerm
@@ -28,11 +28,13 @@ def find(name: str) -> Objective:
     """The objective called `name`; RecipeError with the nearest name where there is none."""
     if name in OBJECTIVES:
         return OBJECTIVES[name]
-    near = difflib.get_close_matches(name, OBJECTIVES, n=1)
     raise RecipeError.of(
-        "objective",
-        name,
-        "there is no such objective",
-        *(f"did you mean {match!r}?" for match in near),
-        f"known: {', '.join(sorted(OBJECTIVES))}",
+        "objective", name, "there is no such objective", *near_names(name, OBJECTIVES)
     )
+
+
+def near_names(name: str, known: Mapping[str, object]) -> list[str]:
+    """Ways out of a name that is not in a table: the nearest one, and all of them."""
+    near = difflib.get_close_matches(name, known, n=1)
+    listed = f"known: {', '.join(sorted(known))}"
+    return [*(f"did you mean {match!r}?" for match in near), listed]

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from llmkd.objectives import OBJECTIVES, ce_kd_chunked
 from llmkd.objectives import chunked as chunked_module
-from llmkd.objectives.token import ce_kd, cross_entropy, forward_kl, shift_labels
+from llmkd.objectives.divergences import forward_kl
+from llmkd.objectives.token import ce_kd, cross_entropy, shift_labels
 from llmkd.types import DenseLogits
 
 F64 = torch.float64
