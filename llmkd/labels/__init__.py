@@ -1,0 +1,44 @@
+"""Soft labels as data: four encodings and the verified store they are kept in."""
+
+from llmkd.labels.base import Columns, Encoding, Layout
+from llmkd.labels.checks import check_matches, describe, verify_checksums
+from llmkd.labels.digests import positions_of, row_digest
+from llmkd.labels.encodings import (
+    DEFAULT_TAIL,
+    ENCODINGS,
+    AnyEncoding,
+    encoding_from,
+    make_encoding,
+)
+from llmkd.labels.hidden import Hidden, LowRank
+from llmkd.labels.lowrank import LowRankFit, fit_lowrank
+from llmkd.labels.manifest import StorePlan
+from llmkd.labels.sampled import Sampled
+from llmkd.labels.store import Store
+from llmkd.labels.topk import TopK
+from llmkd.labels.writer import StoreWriter
+
+__all__ = [
+    "DEFAULT_TAIL",
+    "ENCODINGS",
+    "AnyEncoding",
+    "Columns",
+    "Encoding",
+    "Hidden",
+    "Layout",
+    "LowRank",
+    "LowRankFit",
+    "Sampled",
+    "Store",
+    "StorePlan",
+    "StoreWriter",
+    "TopK",
+    "check_matches",
+    "describe",
+    "encoding_from",
+    "fit_lowrank",
+    "make_encoding",
+    "positions_of",
+    "row_digest",
+    "verify_checksums",
+]
