@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,13 @@ import torch
 from torch import Tensor
 
 from llmkd.objectives.token import IGNORE
+
+NOT_FOR_THE_MODEL = ("labels", "rows")
+
+
+def for_the_model(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a batch that a model's forward takes."""
+    return {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,22 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmkd.data.collator import for_the_model
 from llmkd.data.tokenizer import load_tokenizer
 from llmkd.errors import RecipeError, TeacherError
+from llmkd.teachers.causal_head import TASK, head_agrees, keep_head, open_head
 from llmkd.teachers.loading import check_packing, load_config, load_model
-from llmkd.types import DenseLogits
+from llmkd.types import DenseLogits, Head, HiddenTarget
 
 logger = logging.getLogger(__name__)
 PROBE = "def f(x):\n\treturn x ** 2  # Zażółć 语言 \u00a0 12345 don't"
 
 
 class LiveTeacher:
-    """A causal LM that answers a batch with `DenseLogits` over the student's tokens.
+    """A causal LM that answers a batch with its final hidden states and its head.
+
+    Where the head is no plain linear map the answer is `DenseLogits`. Under ZeRO-3 and FSDP each
+    rank keeps one whole copy of the head, the rest stays sharded.
 
     `source` is a Hub id, a local folder or a model. An id or a folder is loaded by `load`, so that
     a run resumed after its KD stage never reads the weights. Calling it needs `load` first.
@@ -44,6 +49,13 @@ class LiveTeacher:
         self.shared: int | None = None
         self.forwards = 0
         self._accelerator: Any = None
+        self._opens = False  # whether the model gives hidden states; settled by the first batch
+        self._head: Head | None = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether it holds memory that `release` would free."""
+        return self.model is not None
 
     @property
     def name(self) -> str:
@@ -116,6 +128,9 @@ class LiveTeacher:
                 f"{self.name}",
             )
 
+    def check_dataset(self, rows: Any) -> None:
+        """Any rows will do: it is asked about what comes."""
+
     def load(self, accelerator: Any) -> None:
         """Load, freeze, check for NaN and place the weights: sharded under ZeRO-3 and FSDP, else
         one copy a rank. Does nothing when loaded already."""
@@ -133,6 +148,7 @@ class LiveTeacher:
         self._check_finite()
         if self.packed and not hasattr(next(self.model.parameters()), "ds_tensor"):
             check_packing(self.model, "teacher")
+        self._opens = open_head(self.model)
         self._place(accelerator)
         self._accelerator = accelerator
 
@@ -164,14 +180,52 @@ class LiveTeacher:
         self.model.eval()
 
     @torch.no_grad()
-    def __call__(self, inputs: Mapping[str, Tensor]) -> DenseLogits:
-        """`DenseLogits` for a batch of `input_ids` and, where given, masks and positions."""
+    def __call__(self, inputs: Mapping[str, Tensor]) -> HiddenTarget | DenseLogits:
+        """The soft label of a batch of `input_ids` and, where given, masks and positions; labels
+        and row numbers are left alone.
+
+        On the token it predicts: position t holds the distribution of the token after it.
+        """
         if self._accelerator is None:
             raise RuntimeError("call load() before asking the teacher")
+        inputs = for_the_model(inputs)
         with self._accelerator.autocast():
-            logits_BTV = self.model(**inputs, use_cache=False).logits
-        self.forwards += 1
-        return DenseLogits(logits_BTV, self.shared or logits_BTV.shape[-1])
+            if self.forwards == 0:
+                self._settle(inputs)
+            self.forwards += 1
+            if not self._opens:
+                logits_BTV = self.model(**inputs, use_cache=False).logits
+                return DenseLogits(logits_BTV, self.shared or logits_BTV.shape[-1])
+            return self._ask(inputs)
+
+    def _settle(self, inputs: Mapping[str, Tensor]) -> None:
+        self._opens = self._opens and head_agrees(self.model, dict(inputs))
+        if self._opens and self.sharded:
+            self._head = keep_head(self.model, dict(inputs))
+        if not self._opens:
+            logger.warning("teacher %s: its head is no plain one; it answers in logits", self.name)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether ranks hold parts of it and must ask together (ZeRO-3, FSDP)."""
+        from accelerate.utils import DistributedType
+
+        if self._accelerator is None or self.model is None:
+            return False
+        if self._accelerator.distributed_type == DistributedType.FSDP:
+            return True
+        return any(hasattr(weight, "ds_id") for weight in self.model.parameters())
+
+    def _ask(self, inputs: Mapping[str, Tensor]) -> HiddenTarget:
+        answer: list[HiddenTarget] = []
+
+        def task(hidden_BTH: Tensor, head: Head) -> dict[str, Tensor]:
+            head = self._head or head
+            answer.append(HiddenTarget(hidden_BTH, head, self.shared or head.weight.shape[0]))
+            return {"hidden": hidden_BTH}
+
+        self.model(**inputs, use_cache=False, **{TASK: task})
+        return answer[0]
 
     def release(self) -> None:
         """Let go of the weights. An instance the caller also holds stays in the caller's memory.
@@ -183,8 +237,7 @@ class LiveTeacher:
         self.source = self.name
         if hasattr(self.model, "destroy"):  # DeepSpeed engine: drops hooks and partitioned shards
             self.model.destroy()
-        self.model = None
-        self._accelerator = None
+        self.model = self._head = self._accelerator = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -4,6 +4,7 @@ checkpoints.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -15,15 +16,17 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llmkd.data.collator import CountableTargets, PackedCollator
+from llmkd.data.collator import CountableTargets, PackedCollator, for_the_model
 from llmkd.data.tokenizer import pad_id
 from llmkd.errors import NonFiniteError
-from llmkd.objectives import ce_kd_chunked
-from llmkd.objectives.token import IGNORE, shift_labels, wide
+from llmkd.objectives import FusedLinearKD, head_scores
+from llmkd.objectives.targets import wide
+from llmkd.objectives.token import IGNORE, shift_labels
+from llmkd.teachers.causal_head import TASK, head_agrees, open_head
 from llmkd.trainers.checkpoints import mark_complete
-from llmkd.types import LossTerm
+from llmkd.types import Head, LossTerm, Target
 
-NOT_FOR_THE_MODEL = ("labels", "rows")
+logger = logging.getLogger(__name__)
 
 
 class SoftLabelTrainer(Trainer):
@@ -36,6 +39,9 @@ class SoftLabelTrainer(Trainer):
 
     loss_is_scaled_for_ga = True  # normalise() already divides by the tokens of the whole step
 
+    fused_head = True
+    head_memory_mib = 192
+
     def __init__(self, *args: Any, bytes_per_token: float | None = None, **kwargs: Any) -> None:
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = PackedCollator(pad_id(kwargs.get("processing_class")))
@@ -44,6 +50,9 @@ class SoftLabelTrainer(Trainer):
         if own_metrics:
             kwargs["compute_metrics"] = self._held_out_metrics
         super().__init__(*args, **kwargs)
+        self._head_opens: bool | None = None
+        if self.fused_head and not open_head(self.model):
+            self._head_opens = False
         self._own_metrics = own_metrics
         self.bytes_per_token = bytes_per_token
         # Upstream counts the tokens of a step only for models that take loss kwargs; ours always
@@ -54,6 +63,47 @@ class SoftLabelTrainer(Trainer):
         self._rows_in_step: list[int] = []
         self.tokens_in_step = 0
         self.add_callback(_CountTokens(self))
+
+    def head_opens(self, model: nn.Module, features: dict[str, Tensor]) -> bool:
+        """Whether the fused head serves this model; asked of the model itself, once.
+
+        Where its logits are more than hidden states times a weight, logits are made the plain way.
+        """
+        if self._head_opens is None:
+            # DataParallel would gather sums as if they were rows
+            plain = isinstance(model, nn.DataParallel) or not self.fused_head
+            self._head_opens = not plain and head_agrees(model, features)
+            if not plain and not self._head_opens:
+                logger.warning("the student's head is no plain one; its logits are made whole")
+        return self._head_opens
+
+    def soft_loss(
+        self,
+        model: nn.Module,
+        features: dict[str, Tensor],
+        labels_BT: Tensor,
+        target: Target | None,
+        kd: FusedLinearKD,
+        *,
+        whole: bool = False,
+    ) -> tuple[LossTerm, Any]:
+        """The mix `kd` of a batch, and the model's outputs where it made logits (else None).
+
+        `whole` asks for those outputs whatever they cost. Position t predicts the label of t + 1;
+        what has none is not projected.
+        """
+        gold_BT = shift_labels(labels_BT)
+        mask_BT = gold_BT != IGNORE
+        if whole or not self.head_opens(model, features):
+            outputs = model(**features, use_cache=False)
+            return kd.of_logits(outputs.logits, target, mask_BT, gold_BT=gold_BT), outputs
+
+        def task(hidden_BTH: Tensor, head: Head) -> dict[str, Tensor]:
+            term = kd(hidden_BTH, head, target, mask_BT, gold_BT=gold_BT)
+            return {"total": term.total, "count": term.count, **term.metrics}
+
+        sums = dict(model(**features, use_cache=False, **{TASK: task}))
+        return LossTerm(sums.pop("total"), sums.pop("count"), sums), None
 
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=self.args.device)
@@ -132,10 +182,34 @@ class SoftLabelTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits_BTV = model(**for_the_model(inputs), use_cache=False).logits
-        sums_B3 = held_out_sums(logits_BTV, inputs["labels"])
+            sums_B3 = self._held_out_sums(model, for_the_model(inputs), inputs["labels"])
         loss = sums_B3[:, 0].sum() / sums_B3[:, 2].sum().clamp(min=1)
         return loss, sums_B3, sums_B3[:, 2]
+
+    def _held_out_sums(
+        self, model: nn.Module, features: dict[str, Tensor], labels_BT: Tensor
+    ) -> Tensor:
+        """Per row: nats, right argmax predictions, counted tokens; [B, 3] in float64."""
+        gold_BT = shift_labels(labels_BT)
+        mask_BT = gold_BT != IGNORE
+        memory = self.head_memory_mib
+
+        def task(hidden_BTH: Tensor, head: Head) -> dict[str, Tensor]:
+            nats_N, hits_N = head_scores(
+                hidden_BTH[mask_BT], head, gold_BT[mask_BT], memory_mib=memory
+            )
+            return {"nats": nats_N, "hits": hits_N}
+
+        if self.head_opens(model, features):
+            found = model(**features, use_cache=False, **{TASK: task})
+            nats_N, hits_N = found["nats"], found["hits"]
+        else:
+            logits_BTV = model(**features, use_cache=False).logits
+            nats_N, hits_N = logit_scores(logits_BTV, gold_BT, mask_BT)
+        sums_BT3 = torch.zeros(*mask_BT.shape, 3, dtype=torch.float64, device=mask_BT.device)
+        counted_N = torch.ones_like(nats_N)
+        sums_BT3[mask_BT] = torch.stack((nats_N, hits_N.to(nats_N.dtype), counted_N), -1).double()
+        return sums_BT3.sum(1)
 
     def _held_out_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         nats, hits, count = cast(Any, prediction.predictions).astype("float64").sum(axis=0)
@@ -156,21 +230,15 @@ class _CountTokens(TrainerCallback):
         state.num_input_tokens_seen += self.trainer.tokens_in_step
 
 
-def for_the_model(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The part of a batch that a model's forward takes."""
-    return {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
-
-
-def held_out_sums(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Per row: nats, right argmax predictions, counted tokens; [B, 3] in float64.
+def logit_scores(logits_BTV: Tensor, gold_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """`head_scores` of logits that are there: nats and hits of the masked-in positions, [N] each.
 
     Row by row, because a whole batch of log-probabilities is the largest tensor of an evaluation.
     """
-    gold_BT = shift_labels(labels_BT)
-    mask_BT = gold_BT != IGNORE
-    sums = []
+    nats, hits = [], []
     for logits_TV, gold_T, mask_T in zip(logits_BTV, gold_BT, mask_BT, strict=True):
-        term = ce_kd_chunked(logits_TV[None], None, mask_T[None], gold_BT=gold_T[None])
-        hits = (wide(logits_TV).argmax(-1) == gold_T)[mask_T].sum()
-        sums.append(torch.stack((term.total.double(), hits.double(), term.count.double())))
-    return torch.stack(sums)
+        logits_NV, gold_N = wide(logits_TV[mask_T]), gold_T[mask_T]
+        own_N = logits_NV.gather(-1, gold_N[:, None]).squeeze(-1)
+        nats.append(torch.logsumexp(logits_NV, -1) - own_N)
+        hits.append(logits_NV.argmax(-1) == gold_N)
+    return torch.cat(nats), torch.cat(hits)

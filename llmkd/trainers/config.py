@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from llmkd.errors import RecipeError
+from llmkd.objectives.divergences import find_divergence
 from llmkd.objectives.schedule import TRANSITIONS
 
 
@@ -34,9 +35,9 @@ class SaltConfig(TrainingArguments):
     transition: str = field(
         default="step",
         metadata={
-            "help": "How the weight reaches 0 at the end of the KD stage: step; linear (w falls "
-            "on a "
-            "line); linear_ratio (w / (1 - w) falls on a line). The paper finds a step sufficient."
+            "help": "How the weight reaches 0 at the end of the KD stage: step (or constant); "
+            "linear (w falls on a line); linear_ratio (w / (1 - w) falls on a line); cosine (half a "
+            "cosine). The paper finds a step sufficient."
         },
     )
     transition_hold: float = field(
@@ -59,12 +60,41 @@ class SaltConfig(TrainingArguments):
         default=False,
         metadata={"help": "Multiply the KD term by student_temperature squared (Hinton et al.)."},
     )
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "The KD term: forward_kl (KL(teacher || student), the paper's), reverse_kl, "
+            "js, jeffreys, skew_kl, skew_reverse_kl, tvd."
+        },
+    )
+    divergence_beta: float = field(
+        default=0.5, metadata={"help": "beta of js, 0 (forward KL) to 1 (reverse KL), as in TRL."}
+    )
+    divergence_skew: float = field(
+        default=0.1, metadata={"help": "Skew of skew_kl and skew_reverse_kl, 0 to 1 (DistiLLM)."}
+    )
+    fused_head: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute the loss from hidden states, a few rows of logits at a time; false "
+            "makes all logits first."
+        },
+    )
+    head_memory_mib: int = field(
+        default=192,
+        metadata={"help": "MiB that the fused head may take for logits, teacher's included."},
+    )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={
             "help": "Off: llmkd stops at a non-finite loss instead of hiding it from the log."
         },
     )
+
+    def divergence_options(self) -> dict[str, float]:
+        """The settings that the divergence named takes."""
+        given = {"beta": self.divergence_beta, "skew": self.divergence_skew}
+        return {name: given[name] for name in find_divergence(self.divergence).options}
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
@@ -84,6 +114,9 @@ class SaltConfig(TrainingArguments):
             value = getattr(self, key)
             if not value > 0:
                 raise RecipeError.of(key, value, "must be above 0", "1.0 leaves the logits alone")
+        if self.head_memory_mib < 1:
+            raise RecipeError.of("head_memory_mib", self.head_memory_mib, "must be at least 1")
+        self._check_divergence()
         if self.transition not in TRANSITIONS:
             raise RecipeError.of(
                 "transition", self.transition, "unknown", f"known: {', '.join(TRANSITIONS)}"
@@ -106,6 +139,12 @@ class SaltConfig(TrainingArguments):
                 "the only checkpoint is deleted before its successor is known to be whole",
                 "--save_total_limit 2",
             )
+
+    def _check_divergence(self) -> None:
+        for name in self.divergence_options():
+            value = getattr(self, f"divergence_{name}")
+            if not 0.0 <= value <= 1.0:
+                raise RecipeError.of(f"divergence_{name}", value, "must lie in [0, 1]")
 
 
 def _default(key: str) -> object:

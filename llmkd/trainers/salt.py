@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,12 +17,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from llmkd.data.collator import for_the_model
 from llmkd.errors import RecipeError
-from llmkd.objectives import ce_kd_chunked, kd_steps, kd_weight_at, normalise
-from llmkd.objectives.token import IGNORE, shift_labels
-from llmkd.teachers import LiveTeacher
+from llmkd.objectives import FusedLinearKD, kd_steps, kd_weight_at, normalise
+from llmkd.teachers import Teacher, as_teacher
 from llmkd.teachers.loading import load_model
-from llmkd.trainers.base import SoftLabelTrainer, for_the_model
+from llmkd.trainers.base import SoftLabelTrainer
 from llmkd.trainers.config import SaltConfig
 from llmkd.trainers.peft import with_adapter
 
@@ -30,8 +32,8 @@ logger = logging.getLogger(__name__)
 class SaltTrainer(SoftLabelTrainer):
     """Trains on (1 - w) CE + w KD for `kd_ratio` of all steps, then on CE (arXiv 2410.18779).
 
-    `model` and `teacher` are models, Hub ids or folders; `peft_config` makes the student an
-    adapter.
+    `model` and `teacher` are models, Hub ids or folders; `teacher` may also be a `StoredTeacher` or
+    several teachers. `peft_config` makes the student an adapter.
     One optimizer, one schedule and one data order run through the switch; the teacher leaves memory
     there. The stage follows `state.global_step`, so a resumed run knows it. Everything else is
     `transformers.Trainer`. Raises RecipeError without a teacher in a run that has a KD stage and
@@ -46,7 +48,7 @@ class SaltTrainer(SoftLabelTrainer):
         model: PreTrainedModel | str,
         args: SaltConfig,
         *,
-        teacher: LiveTeacher | PreTrainedModel | str | Path | None = None,
+        teacher: Teacher | PreTrainedModel | str | Path | Sequence[Any] | None = None,
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -62,6 +64,15 @@ class SaltTrainer(SoftLabelTrainer):
             raise RecipeError.of(
                 "model", f"vocab_size {vocab}", f"is smaller than the tokenizer's {words} entries"
             )
+        self.fused_head, self.head_memory_mib = args.fused_head, args.head_memory_mib
+        self._kd = FusedLinearKD(
+            divergence=args.divergence,
+            teacher_temperature=args.teacher_temperature,
+            student_temperature=args.student_temperature,
+            t2_scale=args.t2_scale,
+            options=args.divergence_options(),
+            memory_mib=args.head_memory_mib,
+        )
         super().__init__(model=model, args=args, **kwargs)
         wants_teacher = args.kd_ratio > 0 and args.kd_weight > 0
         if wants_teacher and teacher is None:
@@ -72,11 +83,12 @@ class SaltTrainer(SoftLabelTrainer):
                 "name a Hub id or folder with the student's tokenizer",
                 "--kd_ratio 0 trains without one",
             )
-        self.teacher: LiveTeacher | None = None
+        self.teacher: Teacher | None = None
         self._last_weight = 0.0
         if wants_teacher and teacher is not None:
-            self.teacher = teacher if isinstance(teacher, LiveTeacher) else LiveTeacher(teacher)
+            self.teacher = as_teacher(teacher)
             self.teacher.check(vocab, cast(Any, self.processing_class))
+            self.teacher.check_dataset(self.train_dataset)
         self.add_callback(_Stages(self))
 
     def stage_steps(self) -> int:
@@ -102,18 +114,11 @@ class SaltTrainer(SoftLabelTrainer):
     ) -> Any:
         """Mean nats per token of the whole optimizer step; plain CE outside of training."""
         features = for_the_model(inputs)
-        outputs = model(**features, use_cache=False)
         weight = self.kd_weight() if model.training else 0.0
-        gold_BT = shift_labels(inputs["labels"])
-        term = ce_kd_chunked(
-            outputs.logits,
-            self.teacher(features) if self.teacher and weight > 0 else None,
-            gold_BT != IGNORE,
-            gold_BT=gold_BT,
-            kd_weight=weight,
-            teacher_temperature=self.args.teacher_temperature,
-            student_temperature=self.args.student_temperature,
-            t2_scale=self.args.t2_scale,
+        target = self.teacher(inputs) if self.teacher and weight > 0 else None
+        kd = replace(self._kd, kd_weight=weight)
+        term, outputs = self.soft_loss(
+            model, features, inputs["labels"], target, kd, whole=return_outputs
         )
         if model.training:
             self.record(term)
@@ -153,7 +158,7 @@ class _Stages(TrainerCallback):
         teacher = self.trainer.teacher
         if teacher is None or state.global_step < self.trainer.stage_steps():
             return
-        if teacher.model is not None:
+        if teacher.loaded:
             teacher.release()
             logger.info(
                 "step %d: the teacher has left; from here on hard labels", state.global_step
