@@ -12,12 +12,23 @@ from llmkd.errors import LlmkdError
 
 VERBS = {
     "salt": "pretrain a model with a small model's soft labels (SALT), arm by arm",
+    "label": "run a teacher over a dataset once and keep its soft labels; verify, info, push",
     "select": "score the rows of a recipe by a selection and draw the histogram",
     "resume": "go on with an interrupted run, knowing only its folder",
     "eval": "run evaluation-harness tasks on models, side by side",
     "report": "make report.html of a run folder again",
     "push": "push a finished run folder to the Hub, with its card",
 }
+
+LABEL_VERBS = {
+    "info": "print what a label store holds",
+    "verify": "read every checksum of a label store and label a sample of its rows again",
+    "push": "push a label store to the Hub as a dataset with its card",
+}
+LABEL_USE = (
+    "\n\n`llmkd label RECIPE --label_store FOLDER` takes the recipe that will train on them.\n"
+    + "\n".join(f"`llmkd label {name} STORE`: {about}." for name, about in LABEL_VERBS.items())
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,13 +81,19 @@ def _recipes() -> list[str]:
 def _run(verb: str, words: list[str]) -> int:
     handlers: dict[str, Callable[[list[str]], int]] = {
         "salt": _salt,
+        "label": _label,
         "select": _select,
         "resume": _resume,
         "eval": _eval,
         "report": _report,
         "push": _push,
     }
-    if verb in ("salt", "select", "resume") and not {"-h", "--help", "--help_all"} & set(words):
+    stores = verb == "label" and words[:1] and words[0] in LABEL_VERBS
+    if (
+        verb in ("salt", "label", "select", "resume")
+        and not stores
+        and not {"-h", "--help", "--help_all"} & set(words)
+    ):
         from llmkd.launch import split_launch
 
         config, processes, words = split_launch(words)
@@ -85,7 +102,7 @@ def _run(verb: str, words: list[str]) -> int:
 
             if config is not None:
                 config = str(config_path(config))
-            if verb != "resume":
+            if verb in ("salt", "select"):
                 _check_before_launch(words)
             return relaunch(verb, words, config, processes)
     return handlers[verb](words)
@@ -120,7 +137,7 @@ def _salt(words: list[str]) -> int:
     from llmkd.methods import salt
     from llmkd.methods.salt_config import TYPES
 
-    if _wants_help("salt", words, TYPES):
+    if _wants_help("salt", VERBS["salt"], TYPES, words):
         return 0
     salt.main(words)
     return 0
@@ -132,18 +149,58 @@ def _select(words: list[str]) -> int:
     from llmkd.methods.salt_config import TYPES, with_absolute_paths
     from llmkd.methods.salt_select import select
 
-    if _wants_help("select", words, TYPES):
+    if _wants_help("select", VERBS["select"], TYPES, words):
         return 0
     select(with_absolute_paths(read_recipe(words, TYPES)))
     return 0
 
 
-def _wants_help(verb: str, words: list[str], types: tuple[type, ...]) -> bool:
+def _label(words: list[str]) -> int:
+    _quiet_libraries()
+    from llmkd.methods import label
+    from llmkd.methods.salt_config import TYPES
+
+    if words[:1] and words[0] in LABEL_VERBS:
+        return _label_store(words[0], words[1:])
+    if _wants_help("label", VERBS["label"] + LABEL_USE, TYPES, words):
+        return 0
+    label.main(words)
+    return 0
+
+
+def _label_store(verb: str, words: list[str]) -> int:
+    """`llmkd label info|verify|push STORE`."""
+    from llmkd.methods import label
+
+    parser = argparse.ArgumentParser(f"llmkd label {verb}", description=LABEL_VERBS[verb])
+    parser.add_argument("store", help="folder of a label store, or a Hub dataset id")
+    if verb == "verify":
+        parser.add_argument("--rows", type=int, default=32, help="rows to label again (32)")
+        parser.add_argument("--recipe", help="the recipe it was made with (default: the one in it)")
+        parser.add_argument("--checksums_only", action="store_true", help="load no teacher")
+    if verb == "push":
+        parser.add_argument("repo", help="Hub dataset id, owner/name")
+        parser.add_argument("--private", action="store_true", help="make a new repo private")
+        parser.add_argument("--revision", help="branch to push to (default: main)")
+    args = parser.parse_args(words)
+    if verb == "info":
+        label.info(args.store)
+        return 0
+    if verb == "verify":
+        return label.verify(args)
+    from llmkd.hub.datasets import push_store
+
+    url = push_store(args.store, args.repo, private=args.private, revision=args.revision)
+    print(f"pushed to {url}")
+    return 0
+
+
+def _wants_help(verb: str, about: str, types: tuple[type, ...], words: list[str]) -> bool:
     from llmkd.methods.recipe import help_text
 
     if not {"-h", "--help", "--help_all"} & set(words):
         return False
-    print(help_text(f"llmkd {verb}", VERBS[verb], types, everything="--help_all" in words))
+    print(help_text(f"llmkd {verb}", about, types, everything="--help_all" in words))
     return True
 
 

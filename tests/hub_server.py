@@ -24,6 +24,7 @@ import yaml
 
 Files = dict[str, bytes]
 REPO = r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)"
+KIND = "(?:models|datasets)"  # one table of names for both: tests use either
 REVISION = r"(?P<revision>[^/]+)"
 
 
@@ -332,7 +333,7 @@ def resolve(hub: HubServer, request: Request) -> Answer:
 
 
 def _is_lfs(hub: HubServer, path: str) -> bool:
-    return hub.lfs and path.endswith((".safetensors", ".png"))
+    return hub.lfs and path.endswith((".safetensors", ".png", ".arrow"))
 
 
 def _lfs_part(hub: HubServer, path: str, content: bytes) -> dict[str, Any]:
@@ -345,17 +346,17 @@ def _lfs_part(hub: HubServer, path: str, content: bytes) -> dict[str, Any]:
 ROUTES: list[tuple[str, str, Callable[[HubServer, Request], Answer]]] = [
     ("POST", "/api/repos/create", create_repo),
     ("POST", "/api/validate-yaml", validate_yaml),
-    ("POST", f"/api/models/{REPO}/branch/{REVISION}", create_branch),
-    ("POST", f"/api/models/{REPO}/preupload/{REVISION}", preupload),
-    ("POST", f"/api/models/{REPO}/commit/{REVISION}", commit),
-    ("GET", f"/api/models/{REPO}/tree/{REVISION}(?P<path>/.*)?", tree),
-    ("GET", f"/api/models/{REPO}/revision/{REVISION}", model_info),
-    ("GET", f"/api/models/{REPO}", model_info),
-    ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", lfs_batch),
+    ("POST", f"/api/{KIND}/{REPO}/branch/{REVISION}", create_branch),
+    ("POST", f"/api/{KIND}/{REPO}/preupload/{REVISION}", preupload),
+    ("POST", f"/api/{KIND}/{REPO}/commit/{REVISION}", commit),
+    ("GET", f"/api/{KIND}/{REPO}/tree/{REVISION}(?P<path>/.*)?", tree),
+    ("GET", f"/api/{KIND}/{REPO}/revision/{REVISION}", model_info),
+    ("GET", f"/api/{KIND}/{REPO}", model_info),
+    ("POST", rf"/(?:datasets/)?{REPO}\.git/info/lfs/objects/batch", lfs_batch),
     ("PUT", "/lfs-storage/(?P<oid>[0-9a-f]{64})", lfs_store),
     ("GET HEAD", "/lfs-storage/(?P<oid>[0-9a-f]{64})", lfs_load),
     ("POST", "/lfs-verify", lfs_verify),
-    ("GET HEAD", f"/{REPO}/resolve/{REVISION}/(?P<path>.+)", resolve),
+    ("GET HEAD", f"/(?:datasets/)?{REPO}/resolve/{REVISION}/(?P<path>.+)", resolve),
 ]
 
 

@@ -71,7 +71,7 @@ def check_hub(repo_id: str | None, token: str | None) -> None:
         problem = "the Hub client is set offline, so the push at the end would fail"
         raise HubError.of("HF_HUB_OFFLINE", "1", problem, "unset it and TRANSFORMERS_OFFLINE", drop)
     # Exchanging an OIDC identity for a token is a request: believe the setting here.
-    if not os.environ.get("HF_OIDC_RESOURCE") and not _find_token(token):
+    if not os.environ.get("HF_OIDC_RESOURCE") and not find_token(token):
         raise HubError.of("hub_token", None, NO_TOKEN, *LOGIN)
 
 
@@ -98,7 +98,7 @@ def push_run(
     folder = Path(run_folder).resolve()
     _check_folder(folder)
     check_hub(repo_id, token)
-    secret = _find_token(token)
+    secret = find_token(token)
     if not secret:
         raise HubError.of("hub_token", None, NO_TOKEN, *LOGIN)
     _bring_curves(folder)
@@ -110,8 +110,8 @@ def push_run(
 
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     api = HfApi(endpoint=endpoint, token=secret, library_name="llmkd")
-    with _explained(repo_id, folder, endpoint, secret):
-        _reach(api, repo_id)
+    with explained(repo_id, folder, endpoint, secret):
+        reach(api, repo_id)
         made = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if made != repo_id:  # a bare name: the Hub has put the owner before it
             _write_card(folder, made, method, revision, secret)
@@ -210,7 +210,7 @@ def _write_card(
     write_text(folder / "README.md", hide(card, token))
 
 
-def _find_token(token: str | None) -> str | None:
+def find_token(token: str | None) -> str | None:
     """`token`, else HF_TOKEN or the saved login; None if there is none."""
     from huggingface_hub import get_token
 
@@ -223,7 +223,7 @@ def _find_token(token: str | None) -> str | None:
         raise HubError.of("hub_token", None, problem, *LOGIN) from None
 
 
-def _reach(api: HfApi, repo_id: str) -> None:
+def reach(api: HfApi, repo_id: str) -> None:
     """Fail within REACH_SECONDS if nobody answers; what the answer is does not matter yet."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -235,7 +235,7 @@ def _reach(api: HfApi, repo_id: str) -> None:
 
 
 @contextmanager
-def _explained(repo_id: str, folder: Path, endpoint: str, token: str) -> Iterator[None]:
+def explained(repo_id: str, folder: Path, endpoint: str, token: str) -> Iterator[None]:
     """Turn whatever the client raises into one HubError. The original is cut off (`from None`):
     its text may quote a request."""
     try:

@@ -18,6 +18,7 @@ import yaml
 from llmkd import __version__
 from llmkd.errors import RunFolderError
 from llmkd.files import digest, read_json, write_json, write_text
+from llmkd.labels.config import WRITING_KEYS
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed")
 # Keys that decide where and how a run is written down, not what it computes.
@@ -27,7 +28,7 @@ NOT_THE_RESULT = (
     "hub_always_push hub_revision save_steps save_strategy save_total_limit save_only_model "
     "resume_from_checkpoint overwrite_run log_level log_level_replica dataloader_num_workers "
     "do_train do_eval do_predict arms local_rank trackio_space_id"
-).split()
+).split() + list(WRITING_KEYS)
 
 
 def result_settings(settings: dict[str, Any]) -> dict[str, Any]:

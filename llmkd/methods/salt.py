@@ -22,6 +22,7 @@ from llmkd.methods.salt_teacher import (
     check_given_teacher,
     give_teacher,
     small_lm,
+    taught,
     teacher_stage,
 )
 from llmkd.methods.stage import (
@@ -57,6 +58,8 @@ def run(recipe: Recipe) -> Path:
     for stage in stages:
         give_teacher(plan, stage, teacher)
         stage.first, stage.selection_flops = choose_rows(plan, stage, teacher)
+        if stage.labels.label_store and stage.first is not None and taught(stage):
+            check_given_teacher(plan, stage)
         train(stage)
     finish(plan, stages)
     return plan.folder

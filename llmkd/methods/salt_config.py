@@ -11,6 +11,7 @@ from llmkd.data import DataConfig
 from llmkd.data.config import STDLIB, from_json
 from llmkd.errors import RecipeError, TeacherError
 from llmkd.hub import check_hub
+from llmkd.labels.config import LabelConfig
 from llmkd.methods.recipe import SECRETS, Recipe
 from llmkd.models.build import StudentConfig
 from llmkd.selection import SelectionConfig
@@ -43,6 +44,13 @@ class TeacherConfig:
         default=None,
         metadata={"help": "Peak learning rate of the small LM's own training (default: the same)."},
     )
+    teachers: list[Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Several teachers, averaged in probability: a list of mappings, each with "
+            "model_name_or_path (revision, dtype) or label_store, and a weight (default 1)."
+        },
+    )
     arms: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -61,6 +69,7 @@ class TeacherConfig:
             setattr(self, key, from_json(key, getattr(self, key)))
             if getattr(self, key) is not None and not isinstance(getattr(self, key), dict):
                 raise RecipeError.of(key, getattr(self, key), "must be a mapping")
+        self.teachers = check_teachers(from_json("teachers", self.teachers))
         if self.teacher_model_name_or_path and self.teacher_model_config:
             raise RecipeError.of(
                 "teacher_model_config",
@@ -71,7 +80,29 @@ class TeacherConfig:
             )
 
 
-TYPES = (DataConfig, StudentConfig, TeacherConfig, SelectionConfig, SaltConfig)
+TEACHER_KEYS = {"model_name_or_path", "revision", "dtype", "label_store", "weight"}
+
+
+def check_teachers(teachers: Any) -> list[dict[str, Any]] | None:
+    """The list of teachers, each entry's keys known and one source each; RecipeError otherwise."""
+    if teachers is None:
+        return None
+    if not isinstance(teachers, list) or not teachers:
+        raise RecipeError.of("teachers", teachers, "must be a list of mappings")
+    for entry in teachers:
+        if not isinstance(entry, dict) or not set(entry) <= TEACHER_KEYS:
+            raise RecipeError.of(
+                "teachers", entry, f"known keys: {', '.join(sorted(TEACHER_KEYS))}"
+            )
+        if ("model_name_or_path" in entry) == ("label_store" in entry):
+            raise RecipeError.of("teachers", entry, "name one of model_name_or_path, label_store")
+        weight = entry.get("weight", 1)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
+            raise RecipeError.of("teachers", entry, "weight must be a number, at least 0")
+    return teachers
+
+
+TYPES = (DataConfig, StudentConfig, TeacherConfig, SelectionConfig, SaltConfig, LabelConfig)
 # All arms share text, teacher and folder; and no arm may carry a token into a recipe.yaml.
 ARM_KEYS_FIXED = {
     *(f.name for f in fields(DataConfig)),
@@ -89,6 +120,7 @@ PATH_KEYS = (
     "teacher_model_name_or_path",
     "selection_model_name_or_path",
     "selection_scores",
+    "label_store",
 )
 
 
@@ -114,7 +146,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 
 def check_recipe(recipe: Recipe) -> None:
     """Everything that can be refused without reading data or weights; RecipeError, HubError."""
-    data, student, teacher, selection, training = recipe.build()
+    data, student, teacher, selection, training, _ = recipe.build()
     if student.model_name_or_path and student.model_config:
         raise RecipeError.of(
             "model_config",
@@ -163,22 +195,26 @@ def _check_arm(recipe: Recipe, name: str, changes: Any) -> None:
                 "no such key" if key not in recipe.settings else "is one for all arms",
                 *(f"did you mean {match!r}?" for match in near if match != key),
             )
-    _, _, teacher, selection, training = recipe.build(**changes)
-    if selection.selection:
-        find_selection(selection.selection)
+    _, _, teacher, selection, training, labels = recipe.build(**changes)
+    scores = find_selection(selection.selection) if selection.selection else None
     named = teacher.teacher_model_name_or_path or teacher.teacher_model_config
-    if training.kd_ratio > 0 and training.kd_weight > 0 and not named:
+    taught = named or labels.label_store or teacher.teachers
+    if training.kd_ratio > 0 and training.kd_weight > 0 and not taught:
         raise TeacherError.of(
             "teacher_model_name_or_path",
             None,
             f"kd_ratio {training.kd_ratio} and kd_weight {training.kd_weight} need a teacher",
             "name a Hub id or folder with the student's tokenizer",
             "teacher_model_config: {...} pretrains one first",
+            "--label_store FOLDER reads labels that `llmkd label` wrote",
             "--kd_ratio 0 trains without one",
         )
-    if selection.selection == "salt_ds" and not (
+    if (scores and scores.needs_model) and not (
         named or selection.selection_model_name_or_path or selection.selection_scores
     ):
         raise RecipeError.of(
-            "selection", "salt_ds", "no model to score with", "--selection_model_name_or_path PATH"
+            "selection",
+            selection.selection,
+            "no model to score with",
+            "--selection_model_name_or_path PATH",
         )

@@ -47,7 +47,7 @@ class Plan:
     @classmethod
     def of(cls, recipe: Recipe) -> Plan:
         """Settings to plan; sets up ranks."""
-        data, _, teacher, _, training = recipe.build()
+        data, _, teacher, _, training, _ = recipe.build()
         _ = training.device  # sets up the process group, so that ranks can be asked for
         folder = Path(training.output_dir)
         main = PartialState().is_main_process
@@ -132,7 +132,7 @@ class Plan:
 
 def make_tokenizer(plan: Plan, documents: Documents) -> PreTrainedTokenizerBase:
     """The named tokenizer, the student's or teacher's own, or a BPE trained on the train split."""
-    _, student, teacher, _, _ = plan.recipe.build()
+    _, student, teacher, _, _, _ = plan.recipe.build()
     for key, name, revision in (
         ("tokenizer_name_or_path", plan.data.tokenizer_name_or_path, None),
         ("model_name_or_path", student.model_name_or_path, student.model_revision),

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import fields
+from typing import Any, cast
 
+from llmkd.data.tokenizer import tokenizer_digest
 from llmkd.evaluation.cost import forward_flops
+from llmkd.files import digest
+from llmkd.labels import check_matches
+from llmkd.labels.config import LabelConfig
 from llmkd.methods.salt_plan import Plan
 from llmkd.methods.stage import EarlyCopy, Stage, student_config, train
+from llmkd.methods.steps import stage1_rows
 from llmkd.models.build import count_parameters
-from llmkd.teachers import LiveTeacher
+from llmkd.teachers import LiveTeacher, ManyTeachers, StoredTeacher
 from llmkd.teachers.loading import check_weights, model_fingerprint
 
 # What a teacher trained here does not take from the recipe.
@@ -21,24 +27,83 @@ TEACHER_CHANGES: dict[str, Any] = {
     "model_name_or_path": None,
     "teacher_model_config": None,
     "teacher_learning_rate": None,
+    "teachers": None,
+    "label_store": None,
 }
 # What the small LM's own training never reads: changing these must not train it again.
 NOT_THE_TEACHERS = (
     "kd_weight transition transition_hold teacher_temperature student_temperature t2_scale "
     "teacher_dtype selection_model_name_or_path selection_top_k selection_min_kept "
-    "selection_batch_size selection_scores"
-).split()
+    "selection_batch_size selection_scores divergence divergence_beta divergence_skew teachers"
+).split() + [f.name for f in fields(LabelConfig)]
 
 
 def check_given_teacher(plan: Plan, stage: Stage) -> None:
-    """Refuse a named teacher that speaks other tokens or holds NaN, before anything trains."""
-    named = stage.settings["teacher_model_name_or_path"]
-    if named and stage.training.kd_ratio > 0 and stage.training.kd_weight > 0:
-        assert plan.tokenizer is not None
-        vocab = student_config(stage).vocab_size
-        revision = stage.settings["teacher_model_revision"]
-        LiveTeacher(named, revision=revision).check(vocab, plan.tokenizer)
-        check_weights(named, "teacher_model_name_or_path")
+    """Refuse a named teacher that speaks other tokens or holds NaN, and labels that were not made
+    for these rows, before anything trains.
+    """
+    if not taught(stage):
+        return
+    assert plan.tokenizer is not None
+    vocab = student_config(stage).vocab_size
+    for entry in sources(stage):
+        if "label_store" in entry:
+            check_store(plan, stage, entry)
+        elif "model_name_or_path" in entry:
+            name, revision = entry["model_name_or_path"], entry.get("revision")
+            LiveTeacher(name, revision=revision).check(vocab, plan.tokenizer)
+            check_weights(name, "teacher_model_name_or_path")
+
+
+def check_store(plan: Plan, stage: Stage, entry: dict[str, Any]) -> None:
+    """DataError listing everything in which a label store is not made for this stage.
+
+    Whether it has the rows of stage 1 is asked once they are known (`selection` chooses them late).
+    """
+    assert plan.tokenizer is not None
+    store = StoredTeacher(entry["label_store"], revision=entry.get("revision")).open()
+    known = stage.selection.selection is None or stage.first is not None
+    check_matches(
+        store,
+        tokenizer_digest=tokenizer_digest(plan.tokenizer),
+        rows_fingerprint=stage.rows.fingerprint,
+        rows_needed=stage1_rows(stage) if known else [],
+        max_length=stage.data.max_length,
+        packing=stage.data.packing_strategy if stage.data.packing else None,
+        teacher_temperature=stage.training.teacher_temperature,
+        vocab=student_config(stage).vocab_size,
+        teacher=_named_teacher(stage),
+    )
+
+
+def _named_teacher(stage: Stage) -> dict[str, Any] | None:
+    """What a recipe that names a teacher beside the store says of it."""
+    name = stage.settings["teacher_model_name_or_path"]
+    if not name:
+        return None
+    commit = getattr(LiveTeacher(name).config(), "_commit_hash", None)
+    return {"id": name, "fingerprint": model_fingerprint(name, commit)}
+
+
+def taught(stage: Stage) -> bool:
+    """Whether the stage has a KD term."""
+    return stage.training.kd_ratio > 0 and stage.training.kd_weight > 0
+
+
+def sources(stage: Stage) -> list[dict[str, Any]]:
+    """Where an arm's soft labels come from, as entries of `teachers`; {} is the one trained here.
+
+    A label store counts before a teacher that is named beside it: it is that teacher's.
+    """
+    settings = stage.settings
+    if stage.teachers:
+        return stage.teachers
+    if stage.labels.label_store:
+        store, revision = stage.labels.label_store, stage.labels.label_store_revision
+        return [{"label_store": store, "revision": revision}]
+    if name := settings["teacher_model_name_or_path"]:
+        return [{"model_name_or_path": name, "revision": settings["teacher_model_revision"]}]
+    return [{}]
 
 
 def teacher_stage(plan: Plan) -> Stage | None:
@@ -53,7 +118,7 @@ def teacher_stage(plan: Plan) -> Stage | None:
     folder = plan.folder / "teacher"
     stage = plan.stage("teacher", changes, folder)
     for key in NOT_THE_TEACHERS:
-        stage.settings.pop(key)
+        stage.settings.pop(key, None)
     stage.callbacks = [EarlyCopy(folder / "early", stage.selection.selection_early_ratio)]
     return stage
 
@@ -87,13 +152,42 @@ def _teacher_facts(
 
 def give_teacher(plan: Plan, stage: Stage, facts: dict[str, Any] | None) -> None:
     """A fresh teacher for an arm that has a KD stage; its predecessor left at the switch."""
-    training = stage.training
-    if facts is None or training.kd_ratio == 0 or training.kd_weight == 0:
+    if not taught(stage):
         return
-    stage.teacher_facts = facts
-    stage.teacher = LiveTeacher(
-        facts["source"],
-        revision=facts["revision"],
-        dtype=stage.settings["teacher_dtype"],
-        packed=stage.data.packing,
-    )
+    made = [_teacher(plan, stage, entry, facts) for entry in sources(stage)]
+    teachers, found = [one for one, _ in made], [one for _, one in made]
+    if len(made) == 1 and not stage.teachers:
+        stage.teacher, stage.teacher_facts = teachers[0], found[0]
+        return
+    weights = [entry.get("weight", 1.0) for entry in sources(stage)]
+    stage.teacher = ManyTeachers(teachers, weights)
+    stage.teacher_facts = {
+        "source": stage.teacher.name,
+        "revision": None,
+        "fingerprint": digest([[one["fingerprint"] for one in found], weights]),
+        "parameters": sum(one["parameters"] or 0 for one in found),
+        "forward_flops_per_token": sum(one["forward_flops_per_token"] or 0 for one in found),
+        "training_flops": None,
+        "teachers": [{**one, "weight": w} for one, w in zip(found, weights, strict=True)],
+    }
+
+
+def _teacher(
+    plan: Plan, stage: Stage, entry: dict[str, Any], small: dict[str, Any] | None
+) -> tuple[LiveTeacher | StoredTeacher, dict[str, Any]]:
+    if "label_store" in entry:
+        name, tail = entry["label_store"], stage.labels.label_tail
+        stored = StoredTeacher(name, revision=entry.get("revision"), tail=cast(Any, tail))
+        manifest = stored.open().manifest
+        labels = {"store": name, "key": manifest["key"], **manifest["encoding"]}
+        facts = {**manifest["teacher"], "source": manifest["teacher"]["id"]}
+        facts["training_flops"] = None  # not known here: the store says what the teacher is
+        return stored, {**facts, "fingerprint": manifest["key"], "labels": labels}
+    facts = small
+    if "model_name_or_path" in entry:
+        facts = _teacher_facts(plan, entry["model_name_or_path"], entry.get("revision"), None)
+    assert facts is not None
+    dtype = entry.get("dtype") or stage.settings["teacher_dtype"]
+    source, revision = facts["source"], facts["revision"]
+    packed = stage.data.packing
+    return LiveTeacher(source, revision=revision, dtype=dtype, packed=packed), facts

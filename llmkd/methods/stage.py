@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from transformers import (
     PretrainedConfig,
     PreTrainedModel,
@@ -24,12 +24,13 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import get_peft_config, get_quantization_config
 
-from llmkd.data import PackedCollator, TokenRows, pad_id, training_order
-from llmkd.errors import DataError, RecipeError
+from llmkd.data import PackedCollator, TokenRows, pad_id
+from llmkd.errors import RecipeError
 from llmkd.evaluation.cost import forward_flops
 from llmkd.files import digest, fsync_tree, move_into, write_json
 from llmkd.methods.recipe import Recipe
 from llmkd.methods.run_folder import RunFolder, check_room, result_settings, settings_key
+from llmkd.methods.steps import global_batch, ordered_rows, steps_of
 from llmkd.models.build import (
     check_vocabulary,
     check_window,
@@ -39,7 +40,7 @@ from llmkd.models.build import (
     new_model,
 )
 from llmkd.objectives import kd_steps
-from llmkd.teachers import LiveTeacher
+from llmkd.teachers import Teacher
 from llmkd.teachers.loading import (
     check_packing,
     load_config,
@@ -67,7 +68,7 @@ class Stage:
     rows: TokenRows
     tokenizer: PreTrainedTokenizerBase
     say: Callable[[str], None]
-    teacher: LiveTeacher | None = None
+    teacher: Teacher | None = None
     teacher_facts: dict[str, Any] | None = None
     first: np.ndarray | None = None
     selection_flops: float = 0.0
@@ -76,7 +77,8 @@ class Stage:
     def __post_init__(self) -> None:
         self.settings = {**self.recipe.settings, **self.changes}
         made = self.recipe.build(**self.changes, output_dir=str(self.folder), push_to_hub=False)
-        self.data, self.student, _, self.selection, self.training = made
+        self.data, self.student, teacher, self.selection, self.training, self.labels = made
+        self.teachers: list[dict[str, Any]] | None = teacher.teachers
         self.steps = steps_of(self.training, self.rows)
         self.run = RunFolder(self.folder, main=PartialState().is_main_process)
 
@@ -194,40 +196,6 @@ def _new_model(stage: Stage, config: PretrainedConfig) -> PreTrainedModel:
     if stage.run.main:
         shutil.rmtree(folder)
     return model
-
-
-def global_batch(args: SaltConfig) -> int:
-    """Rows of one optimizer step over all ranks and micro-batches."""
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
-def steps_of(args: SaltConfig, rows: TokenRows) -> int:
-    """Optimizer steps of the run; DataError where the rows do not fill one batch."""
-    batch = global_batch(args)
-    if isinstance(rows.train, IterableDataset):
-        return args.max_steps
-    if len(rows.train) < batch:
-        raise DataError.of(
-            "per_device_train_batch_size",
-            args.per_device_train_batch_size,
-            f"the training data make {len(rows.train)} rows, fewer than one step's {batch} "
-            f"({args.gradient_accumulation_steps} accumulated, {args.world_size} rank(s))",
-            "a smaller batch or max_length",
-            "more text",
-        )
-    if args.max_steps > 0:
-        return args.max_steps
-    return max(1, int(len(rows.train) * args.num_train_epochs // batch))
-
-
-def ordered_rows(stage: Stage) -> Dataset | IterableDataset:
-    """The rows in training order for the whole run, the selected ones first."""
-    rows = stage.rows.train
-    if isinstance(rows, IterableDataset):
-        return rows
-    needed = stage.steps * global_batch(stage.training)
-    seed = stage.training.data_seed if stage.training.data_seed is not None else stage.training.seed
-    return rows.select(training_order(len(rows), needed, seed, stage.first))
 
 
 def bytes_needed(config: PretrainedConfig, args: SaltConfig) -> int:

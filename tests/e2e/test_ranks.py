@@ -33,10 +33,12 @@ def one_rank(tmp_path_factory):
     return folder / "run"
 
 
-def launch(config: str, path: str, *flags: str) -> subprocess.CompletedProcess:
+def launch(
+    config: str, path: str, *flags: str, script: str = "run_salt.py"
+) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [str(accelerate_configs()[config]), "--main_process_port", "0"]
-    command += [str(REPO / "scripts" / "run_salt.py"), path, *flags]
+    command += [str(REPO / "scripts" / script), path, *flags]
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=570)
 
