@@ -28,7 +28,7 @@ FORMAT = 2  # raise it when rows change, so that older cache entries are not tak
 class TokenRows:
     """Packed rows and what is known of them. Counts are None for a stream.
 
-    `train` rows have `input_ids`, `seq_lengths` and, where it is not a stream, `row`, their number.
+    `train` rows have `input_ids`, `seq_lengths` and `row`, their number.
     `eval_tokens` and `eval_bytes` are those of the held-out documents that made `held_out`.
     """
 
@@ -68,7 +68,9 @@ def prepare_rows(
     if config.max_eval_rows is not None:
         held_out = held_out.select(range(min(config.max_eval_rows, len(held_out))))
     if isinstance(documents.train, IterableDataset):
-        train: Dataset | IterableDataset = _pack(_encode(documents.train, tokenizer), config)
+        packed = _pack(_encode(documents.train, tokenizer), config)
+        # numbered as they come, so that stored labels are found
+        train: Dataset | IterableDataset = packed.map(_number, with_indices=True)
         key, tokens = digest([config.source, settings]), None
     else:
         train, facts = _cached(documents.train, tokenizer, config, settings, say, "train")
@@ -109,6 +111,10 @@ def _cached(
         packed.save_to_disk(str(aside))
         write_json(aside / "llmkd.json", facts)
     return Dataset.load_from_disk(str(folder)), facts
+
+
+def _number(row: dict[str, Any], place: int) -> dict[str, int]:
+    return {"row": place}
 
 
 def _text_digest(rows: Dataset) -> str:

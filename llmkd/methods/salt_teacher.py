@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any, cast
 
 from llmkd.data.tokenizer import tokenizer_digest
+from llmkd.errors import RecipeError
 from llmkd.evaluation.cost import forward_flops
 from llmkd.files import digest
 from llmkd.labels import check_matches
@@ -81,7 +82,11 @@ def _named_teacher(stage: Stage) -> dict[str, Any] | None:
     name = stage.settings["teacher_model_name_or_path"]
     if not name:
         return None
-    commit = getattr(LiveTeacher(name).config(), "_commit_hash", None)
+    revision = stage.settings["teacher_model_revision"]
+    try:
+        commit = getattr(LiveTeacher(name, revision=revision).config(), "_commit_hash", None)
+    except RecipeError:  # not at hand, and it need not be: its name is compared
+        return {"id": name}
     return {"id": name, "fingerprint": model_fingerprint(name, commit)}
 
 

@@ -163,7 +163,9 @@ def _pass(
     grad_bias = torch.zeros(vocab, dtype=work, device=device) if bias_V is not None else None
     sums_4 = torch.zeros(4, dtype=torch.float64, device=device)
     chunk = chunk_rows(job.target, vocab, job.budget, work)
-    chunk = min(chunk, max(len(hidden), 1))
+    # never all rows at once, however few: half of them cost next to nothing more
+    parts = max(-(-len(hidden) // chunk), 2)
+    chunk = max(-(-len(hidden) // parts), min(LEAST_ROWS, len(hidden)), 1)
     buffers = LogitBuffers(job.blocks, chunk, work, product, device)
     if grad_weight is not None and not len(hidden):
         grad_weight.zero_()

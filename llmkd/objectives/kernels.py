@@ -7,6 +7,7 @@ weigh rows; `token.ce_kd` is the definition.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from llmkd.objectives.divergences import find_divergence
 from llmkd.objectives.targets import check_temperature
 from llmkd.objectives.token import mixed_rows
 from llmkd.types import DenseLogits, HiddenTarget, SparseTarget, Target
+
+SCRATCH_BYTES = 8 << 20  # what a thread keeps at most, of each of two kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,21 @@ def softmax_(z_cV: Tensor) -> Tensor:
     return top_c - z_cV.amax(-1).log()
 
 
+_local = threading.local()
+
+
+def _scratch(name: str, like_cS: Tensor) -> Tensor:
+    """Memory of that shape, the thread's own, used again: fresh pages cost more than the maths."""
+    count = like_cS.numel()
+    if like_cS.device.type != "cpu" or count * like_cS.element_size() > SCRATCH_BYTES:
+        return torch.empty_like(like_cS, memory_format=torch.contiguous_format)
+    held = getattr(_local, name, None)
+    if held is None or held.numel() < count or held.dtype != like_cS.dtype:
+        held = torch.empty(count, dtype=like_cS.dtype, device=like_cS.device)
+        setattr(_local, name, held)
+    return held[:count].view(like_cS.shape)
+
+
 def _dense_forward_kl(
     z_cV: Tensor, target_c: DenseLogits, gold_c: Tensor, settings: Settings
 ) -> RowValues:
@@ -108,11 +126,13 @@ def _dense_forward_kl(
     t_cS = target_c.logits_BTV[:, : target_c.shared].to(z_cV.dtype)
     if settings.teacher_temperature != 1.0:
         t_cS = t_cS / settings.teacher_temperature
-    p_cS = torch.softmax(t_cS, dim=-1)
+    p_cS, work_cS = _scratch("p", t_cS), _scratch("work", t_cS)
+    torch.softmax(t_cS, dim=-1, out=p_cS)
     lse_p_c = t_cS.amax(-1) - p_cS.amax(-1).log()
     # A teacher may rule a token out with -inf; 0 * -inf must count as 0.
-    mean_t_c = torch.linalg.vecdot(p_cS, t_cS.clamp_min(torch.finfo(t_cS.dtype).min))
-    mean_z_c = torch.linalg.vecdot(p_cS, z_cV[:, : target_c.shared])
+    torch.clamp_min(t_cS, torch.finfo(t_cS.dtype).min, out=work_cS)
+    mean_t_c = work_cS.mul_(p_cS).sum(-1)
+    mean_z_c = torch.mul(p_cS, z_cV[:, : target_c.shared], out=work_cS).sum(-1)
     gold_logit_c = z_cV.gather(-1, gold_c1).squeeze(-1)
     lse_c = softmax_(z_cV)
     entropy_c = lse_p_c - mean_t_c
@@ -142,7 +162,8 @@ def _sparse_forward_kl(
     listed_cK = p_cK > 0
     if target_c.tail == "renorm":
         p_cK = p_cK / p_cK.sum(-1, keepdim=True)
-    rest_p_c = (1.0 - p_cK.sum(-1)).clamp_min(0)
+    # in float64: what is left of 1 may be small against the rounding of the sum
+    rest_p_c = (1.0 - p_cK.sum(-1, dtype=torch.float64)).clamp_min(0).to(p_cK.dtype)
     z_cK = z_cV.gather(-1, ids_cK)
     gold_logit_c = z_cV.gather(-1, gold_c1).squeeze(-1)
     even_c1 = torch.zeros_like(rest_p_c)[:, None]

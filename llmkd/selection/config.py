@@ -14,8 +14,11 @@ class SelectionConfig:
     selection: str | None = field(
         default=None,
         metadata={
-            "help": "salt_ds (SALT's selection by an early small model), random (its control), or "
-            "nothing: stage 1 takes rows as they come."
+            "help": "How the rows of stage 1 are chosen. random: the control; salt_ds: largest "
+            "median loss over tokens in the scoring model's top k (SALT); el2n: largest error norm "
+            "(Paul 2021); margin: smallest top-2 margin; kcenter: rows that cover the pool (Sener "
+            "2018); rad: small margins, drawn robustly to a teacher's mistakes (Baykal 2022). "
+            "Nothing: rows as they come."
         },
     )
     selection_model_name_or_path: str | None = field(
@@ -28,11 +31,22 @@ class SelectionConfig:
     )
     selection_top_k: int = field(
         default=10,
-        metadata={"help": "Tokens the scoring model ranks below this do not count (paper: 10)."},
+        metadata={
+            "help": "salt_ds: tokens the scoring model ranks below this do not count (paper: 10)."
+        },
     )
     selection_min_kept: float = field(
         default=0.1,
-        metadata={"help": "Rows with a smaller share of counted tokens are never selected. Ours."},
+        metadata={
+            "help": "salt_ds: rows with a smaller share of counted tokens are never selected. Ours."
+        },
+    )
+    selection_rad_mistakes: float | None = field(
+        default=None,
+        metadata={
+            "help": "rad: rows of the pool on which the teacher is wrong; below 1 a share, from 1 "
+            "on a count (paper: the teacher's error on held-out rows; default: 0.1, ours)."
+        },
     )
     selection_early_ratio: float = field(
         default=0.125,
@@ -54,3 +68,8 @@ class SelectionConfig:
         for key in ("selection_top_k", "selection_batch_size"):
             if getattr(self, key) < 1:
                 raise RecipeError.of(key, getattr(self, key), "must be at least 1")
+        wrong = self.selection_rad_mistakes or 0.0
+        if not 0.0 <= wrong < float("inf") or (wrong > 1 and wrong % 1):
+            raise RecipeError.of(
+                "selection_rad_mistakes", wrong, "must be a share in [0, 1) or a whole number"
+            )

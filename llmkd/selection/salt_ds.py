@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from llmkd.data.collator import PackedCollator
-from llmkd.objectives.token import IGNORE, shift_labels, wide
+from llmkd.errors import RecipeError
+from llmkd.objectives.targets import wide
 from llmkd.selection.config import SelectionConfig
-from llmkd.selection.registry import scorer
+from llmkd.selection.forward import logit_scores
+from llmkd.selection.registry import selection
 
 
 def median_of_top_k(
@@ -36,40 +36,23 @@ def median_of_top_k(
     return torch.where(poor_B, float("-inf"), medians_B)
 
 
-@scorer("salt_ds")
-@torch.no_grad()
+@selection(
+    "salt_ds",
+    reads=("selection_top_k", "selection_min_kept"),
+    about="median loss over the tokens in the scoring model's top k, nats; the highest are kept",
+)
 def salt_ds_scores(
     rows: Any, *, model: Any, config: SelectionConfig, pad_token_id: int, **_: Any
 ) -> np.ndarray:
-    """Score every packed row with `model`; each rank does its share, all get the whole.
-
-    Padding, document starts and everything the collator gives label -100 do not count.
-    """
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    state = PartialState()
-    device = torch.device(state.device or "cpu")
-    model.eval().to(device)
-    collate = PackedCollator(pad_token_id)
-    size = config.selection_batch_size
-    mine = list(range(0, len(rows), size))[state.process_index :: state.num_processes]
-    found: list[tuple[int, list[float]]] = []
-    for start in tqdm(mine, desc="scoring rows", disable=not state.is_main_process):
-        batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        # In the model's own precision: bf16 logits tie by rounding, and ties count as "within".
-        logits_BTV = model(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-        ).logits
-        gold_BT = shift_labels(batch["labels"])
-        scores_B = median_of_top_k(
-            logits_BTV,
-            gold_BT,
-            gold_BT != IGNORE,
-            top_k=config.selection_top_k,
-            min_kept=config.selection_min_kept,
+    """S_k of every row in nats. RecipeError for a top k beyond the model's vocabulary."""
+    top_k, vocab = config.selection_top_k, model.config.get_text_config().vocab_size
+    if top_k > vocab:
+        raise RecipeError.of(
+            "selection_top_k", top_k, f"the scoring model has only {vocab} tokens", "paper: 10"
         )
-        found.append((start, scores_B.tolist()))
-    everyone = gather_object(found) if state.num_processes > 1 else found
-    return np.array([score for _, part in sorted(everyone) for score in part])
+
+    def score(logits_BTV: Tensor, gold_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        min_kept = config.selection_min_kept
+        return median_of_top_k(logits_BTV, gold_BT, mask_BT, top_k=top_k, min_kept=min_kept)
+
+    return logit_scores(rows, score, model=model, config=config, pad_token_id=pad_token_id)

@@ -11,8 +11,10 @@ from datasets import Dataset, load_dataset
 from llmkd.errors import DataError, MissingFileError
 
 
-def save_scores(path: Path, scores: np.ndarray, fingerprint: str) -> None:
-    """Write `row`, `score` and the fingerprint of the rows they belong to, whole or not at all."""
+def save_scores(path: Path, scores: np.ndarray, fingerprint: str, selection: str = "") -> None:
+    """Write `row`, `score`, the name of the selection and the fingerprint of the rows they belong
+    to, whole or not at all.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     table = Dataset.from_dict(
@@ -20,6 +22,7 @@ def save_scores(path: Path, scores: np.ndarray, fingerprint: str) -> None:
             "row": np.arange(len(scores)),
             "score": scores.astype(np.float64),
             "rows_fingerprint": [fingerprint] * len(scores),
+            "selection": [selection] * len(scores),
         }
     )
     table.to_parquet(str(aside))
@@ -28,8 +31,11 @@ def save_scores(path: Path, scores: np.ndarray, fingerprint: str) -> None:
     os.replace(aside, path)
 
 
-def read_scores(path: Path, rows: int, fingerprint: str) -> np.ndarray:
-    """Scores in row order; DataError where they belong to other rows."""
+def read_scores(path: Path, rows: int, fingerprint: str, selection: str = "") -> np.ndarray:
+    """Scores in row order; DataError where they belong to other rows or another selection.
+
+    A file without names of selections, or a call without one, is not asked for it.
+    """
     if not path.is_file():
         raise MissingFileError.of(
             "selection_scores", str(path), "no such file", "make it with `llmkd select RECIPE`"
@@ -44,11 +50,19 @@ def read_scores(path: Path, rows: int, fingerprint: str) -> np.ndarray:
             f"{fingerprint}: text, tokenizer or packing differ",
             "make them anew with `llmkd select RECIPE`",
         )
+    names = set(table.unique("selection")) if "selection" in table.column_names else {""}
+    if selection and not names <= {"", selection}:
+        raise DataError.of(
+            "selection_scores",
+            str(path),
+            f"holds scores of {', '.join(sorted(names))}, but this run selects by {selection}",
+            f"make them anew with `llmkd select RECIPE --selection {selection}`",
+        )
     return np.asarray(table["score"], dtype=np.float64)
 
 
 def histogram(scores: np.ndarray, kept: np.ndarray, bins: int = 12, width: int = 40) -> str:
-    """Scores in nats as text bars; `#` are rows that were kept, `.` the others."""
+    """Scores as text bars; `#` are rows that were kept, `.` the others."""
     finite = scores[np.isfinite(scores)]
     if not len(finite):
         return "no row has a score"

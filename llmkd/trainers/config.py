@@ -36,8 +36,8 @@ class SaltConfig(TrainingArguments):
         default="step",
         metadata={
             "help": "How the weight reaches 0 at the end of the KD stage: step (or constant); "
-            "linear (w falls on a line); linear_ratio (w / (1 - w) falls on a line); cosine (half a "
-            "cosine). The paper finds a step sufficient."
+            "linear (w falls on a line); linear_ratio (w / (1 - w) falls on a line); cosine (half "
+            "of one). The paper finds a step sufficient."
         },
     )
     transition_hold: float = field(

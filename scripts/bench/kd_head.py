@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--small", action="store_true", help="tiny sizes: does it run at all")
+    parser.add_argument("--skip", type=int, default=0, help="sizes to leave out, from the first")
     parser.add_argument("--also", action="store_true", help=f"and {', '.join(MORE)}")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these contestants")
     parser.add_argument("--distillkit", metavar="PATH", help="a checkout of arcee-ai/DistillKit")
@@ -254,7 +255,7 @@ def main() -> None:
     names = args.only or [*CONTESTANTS, *(MORE if args.also else ())]
     everything: dict[str, Results] = {}
     real = [name for name in names if name not in (FLOOR, FLOOR_CACHED)]
-    for size in SMALL if args.small else SIZES:
+    for size in (SMALL if args.small else SIZES)[args.skip :]:
         mib = {name: memory_in_child(name, size, args.threads) for name in real}
         results = times_and_errors(names, size, args.repeats)
         for name, row in results.items():

@@ -47,8 +47,8 @@ STUDENT = {
 MATRIX: list[tuple[str, dict[str, Any]]] = [
     *(("sampled", {"draws": n, "sampling": "systematic"}) for n in (12, 20, 32, 50, 100)),
     *(("sampled", {"draws": n, "sampling": "multinomial"}) for n in (20, 50, 100)),
-    *(("topk", {"k": k, "value_bits": 16}) for k in (12, 50, 128)),
-    ("topk", {"k": 50, "value_bits": 8}),
+    *(("topk", {"k": k, "tail": tail}) for k in (12, 50, 128) for tail in ("renorm", "bucket")),
+    ("topk", {"k": 50, "value_bits": 8, "tail": "bucket"}),
     *(("hidden", {"dtype": d}) for d in ("int8", "bfloat16", "float32")),
     *(("lowrank", {"rank": r}) for r in (32, 64, 128, 256)),
 ]
@@ -144,14 +144,12 @@ class Bench:
                 log_l = torch.log_softmax(some.head(some.hidden_BTH.float())[:, : some.shared], -1)
                 total += (log_l.exp() * (log_l - log_p)).sum().item()
             elif isinstance(some, SparseTarget):
-                p, listed = some.probs_BTK, log_p.gather(-1, some.ids_BTK)
+                # of a top k: its listed tokens, scaled to sum to 1, whatever its tail is read as
+                p = some.probs_BTK / some.probs_BTK.sum(-1, keepdim=True)
+                listed = log_p.gather(-1, some.ids_BTK)
                 total += (
                     torch.where(p > 0, p * (p.clamp_min(1e-30).log() - listed), 0.0).sum().item()
                 )
-                if some.tail == "bucket":
-                    rest = (1 - p.sum(-1)).clamp_min(1e-9)
-                    true = (1 - torch.where(p > 0, listed.exp(), 0.0).sum(-1)).clamp_min(1e-9)
-                    total += (rest * (rest / true).log()).sum().item()
             count += length
         return total / count
 
@@ -178,6 +176,9 @@ def measure(bench: Bench, name: str, settings: dict[str, Any]) -> dict[str, Any]
     full, tokens = bench.full, sum(bench.lengths)
     width = full.hidden_BTH.shape[-1]
     head = full.head
+    label = " ".join([name, *(str(value) for value in settings.values())])
+    tail = settings.get("tail", "renorm")
+    settings = {key: value for key, value in settings.items() if key != "tail"}
     if name == "lowrank":
         flat = torch.cat([full.hidden_BTH[i, :n] for i, n in enumerate(bench.lengths)])
         # fitted on every second token, read on all
@@ -191,19 +192,18 @@ def measure(bench: Bench, name: str, settings: dict[str, Any]) -> dict[str, Any]
 
     def encode() -> list[Any]:
         source = logits or [full.hidden_BTH[i, :n] for i, n in enumerate(bench.lengths)]
-        return [codec.encode(values, row=i) for i, values in enumerate(source)]
+        return [cast(Any, codec).encode(values, row=i) for i, values in enumerate(source)]
 
     rows, encoding_us = timed(encode, tokens)
     shape = Layout(tuple(bench.lengths), (0,) * len(bench.lengths), full.hidden_BTH.shape[1])
-    found, decoding_us = timed(lambda: codec.decode(rows, shape), tokens)
+    found, decoding_us = timed(lambda: cast(Any, codec).decode(rows, shape), tokens)
     if codec.needs == "logits":
-        tail = "bucket" if name == "topk" else "renorm"
-        target: Target = SparseTarget(*found, full.shared, tail)
+        ids, probs = cast(tuple[Tensor, Tensor], found)
+        target: Target = SparseTarget(ids, probs, full.shared, tail)
     else:
         target = HiddenTarget(found.float(), head, full.shared)
     size = sum(column.nbytes for row in rows for column in row.values()) / tokens
     batch, row = bench.angles(target)
-    label = " ".join([name, *(str(v) for v in settings.values())])
     return line(label, size, encoding_us, decoding_us, bench.kl(target), batch, row)
 
 
@@ -275,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--student_steps", type=int, default=150)
     parser.add_argument("--distillkit")
+    parser.add_argument("--only", help="encodings whose name begins so")
     parser.add_argument("--json")
     args = parser.parse_args(argv)
     bench = Bench(args)
@@ -283,6 +284,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("|---|---|---|---|---|---|---|")
     lines = []
     for name, settings in MATRIX:
+        if args.only and not name.startswith(args.only):
+            continue
         lines.append(measure(bench, name, settings))
         show(lines[-1])
     for found in measure_distillkit(bench, args.distillkit) if args.distillkit else []:

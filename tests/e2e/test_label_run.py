@@ -246,3 +246,23 @@ def test_labels_need_no_teacher_in_memory(made, tmp_path, monkeypatch):
     monkeypatch.setattr(live, "load_model", refuse)
     code, _ = again(made, tmp_path, "--label_store", str(made / "topk"))
     assert code == 0
+
+
+def test_a_stream_is_labelled_and_trained_on_in_its_order(made, tmp_path):
+    teacher = ["--teacher_model_name_or_path", str(made / "run" / "teacher")]
+    changed = {
+        **PLAIN,
+        "teacher_model_config": None,
+        "dataset": str(made / "rows.jsonl"),
+        "streaming": True,
+        "tokenizer_name_or_path": str(made / "run" / "tokenizer"),
+        "eval_dataset": str(made / "run" / "held_out.jsonl"),
+    }
+    live, stored = tmp_path / "live", tmp_path / "stored"
+    assert main(["salt", recipe(live, **changed), *teacher]) == 0
+    store = ["--label_store", str(tmp_path / "store")]
+    flags = [*store, "--label_encoding", "hidden", "--label_dtype", "float32"]
+    assert main(["label", recipe(stored, **changed), *teacher, *flags]) == 0
+    assert read_json(tmp_path / "store" / "manifest.json")["rows"]["count"] == 12
+    assert main(["salt", recipe(stored, **changed), *store]) == 0
+    assert same(weights(live / "run"), weights(stored / "run"))
