@@ -33,7 +33,8 @@ def greedy_centers(points_NH: Tensor, keep: int, first: int) -> tuple[np.ndarray
 
     Each next one lies farthest from all chosen so far (Euclidean; ties go to the lower row number),
     so distances never rise; the first gets the largest distance of any row from it. One pass over
-    the points for each row chosen, memory [N] beside them: `keep` * N * H operations.
+    the points for each row chosen, `keep` * N * H operations; memory: a centred copy of the points
+    and a few [N], never [N, N].
     """
     if not 0 < keep <= len(points_NH):
         raise DataError.of("selection", f"{keep} rows", f"there are {len(points_NH)}")

@@ -266,3 +266,11 @@ def test_a_stream_is_labelled_and_trained_on_in_its_order(made, tmp_path):
     assert read_json(tmp_path / "store" / "manifest.json")["rows"]["count"] == 12
     assert main(["salt", recipe(stored, **changed), *store]) == 0
     assert same(weights(live / "run"), weights(stored / "run"))
+
+
+def test_a_teacher_that_is_not_at_hand_is_compared_by_its_name(made, tmp_path, capsys):
+    store = ["--label_store", str(made / "hidden")]
+    store += ["--tokenizer_name_or_path", str(made / "run" / "tokenizer")]
+    code, _ = again(made, tmp_path, *store, "--teacher_model_name_or_path", "some/teacher")
+    error = capsys.readouterr().err
+    assert code == 1 and "some/teacher" in error and "teacher id" in error
