@@ -17,7 +17,7 @@ from llmkd.methods.recipe import Recipe, read_recipe
 from llmkd.methods.run_folder import check_room
 from llmkd.methods.salt_config import TYPES, check_recipe, with_absolute_paths
 from llmkd.methods.salt_plan import Plan, make_rows, make_tokenizer
-from llmkd.methods.salt_select import choose_rows
+from llmkd.methods.salt_select import check_named_scorer, choose_rows
 from llmkd.methods.salt_teacher import (
     check_given_teacher,
     give_teacher,
@@ -72,6 +72,7 @@ def check_stages(plan: Plan, stages: list[Stage]) -> None:
     needed = 0
     for stage in stages:
         check_given_teacher(plan, stage)
+        check_named_scorer(plan, stage)
         check_adapter(stage)
         check_borders(stage)
         if not stage.run.finished_ever():

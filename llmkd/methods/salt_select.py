@@ -142,6 +142,15 @@ def scoring_model(
     return teacher["source"], teacher.get("revision")
 
 
+def check_named_scorer(plan: Plan, stage: Stage) -> None:
+    """Refuse a scoring model that a recipe names, before anything trains."""
+    config = stage.selection
+    named = config.selection_model_name_or_path
+    asked = config.selection is not None and find(config.selection).needs_model
+    if named and asked and not config.selection_scores and stage.training.kd_ratio > 0:
+        check_scoring_model(plan, stage, named, None)
+
+
 def check_scoring_model(
     plan: Plan, stage: Stage, source: str, revision: str | None = None
 ) -> PretrainedConfig:

@@ -35,7 +35,8 @@ TEACHER_CHANGES: dict[str, Any] = {
 NOT_THE_TEACHERS = (
     "kd_weight transition transition_hold teacher_temperature student_temperature t2_scale "
     "teacher_dtype selection_model_name_or_path selection_top_k selection_min_kept "
-    "selection_batch_size selection_scores divergence divergence_beta divergence_skew teachers"
+    "selection_batch_size selection_scores selection_rad_mistakes divergence "
+    "divergence_beta divergence_skew teachers"
 ).split() + [f.name for f in fields(LabelConfig)]
 
 

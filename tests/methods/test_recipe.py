@@ -8,6 +8,7 @@ from llmkd.errors import LlmkdError, MissingFileError, RecipeError
 from llmkd.methods.recipe import read_recipe
 from llmkd.methods.salt_config import TYPES, check_recipe, with_absolute_paths
 from llmkd.shipped import accelerate_configs, shipped_recipes
+from llmkd.trainers import SaltConfig
 
 
 def write(tmp_path, **keys):
@@ -20,7 +21,7 @@ def test_file_then_flags(tmp_path):
     path = write(tmp_path, learning_rate="2e-3", kd_ratio=0.3, arms={"a": {}})
     for words in ([path, "--kd_ratio", "0.4"], ["--config", path, "--kd_ratio=0.4"]):
         recipe = read_recipe(words, TYPES)
-        training = recipe.build()[-1]
+        training = recipe.build()[TYPES.index(SaltConfig)]
         assert training.learning_rate == 2e-3 and training.kd_ratio == 0.4
         assert recipe.given["arms"] == {"a": {}} and "kd_weight" not in recipe.given
 
