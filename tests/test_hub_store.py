@@ -1,17 +1,21 @@
 """A label store pushed to the Hub as a dataset, and read from there."""
 
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 from hub_server import HubServer
 from huggingface_hub import constants
-from labels.labels_kit import plan, write_store
 from test_hub import TOKEN, client, hub  # noqa: F401  (fixtures)
 
 from llmkd.errors import HubError, MissingFileError
 from llmkd.hub.datasets import push_store
 from llmkd.labels import Store
 from llmkd.teachers.stored import store_folder
+
+sys.path.insert(0, str(Path(__file__).parent / "labels"))
+from labels_kit import plan, write_store
 
 
 def test_a_pushed_store_is_the_same_store(hub: HubServer, tmp_path, monkeypatch):  # noqa: F811

@@ -28,7 +28,7 @@ from llmkd.types import Head
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
-OURS = ("data", HEAD, "head.json", "README.md", manifests.NAME)
+OURS = ("data", HEAD, "head.json", "README.md", "recipe.yaml", manifests.NAME)
 
 
 class StoreWriter:

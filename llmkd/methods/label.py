@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from datasets import Dataset, IterableDataset
 
 from llmkd.data import load_documents, pad_id
 from llmkd.data.tokenizer import tokenizer_digest
-from llmkd.errors import DataError, RecipeError
+from llmkd.errors import DataError, RecipeError, RunFolderError
 from llmkd.files import write_text
 from llmkd.labels import (
     AnyEncoding,
@@ -104,6 +105,7 @@ class LabelJob:
         plain = Recipe({**recipe.settings, "label_store": None}, recipe.given, recipe.types)
         check_recipe(plain)
         self.folder = Path(self.labels.label_store)
+        _check_writable(self.folder)
         self.plan = Plan.of(plain)
         self._plain = plain
         teacher = plain.build()[2]
@@ -150,6 +152,13 @@ class LabelJob:
     def encoding(self, shared: int, width: int) -> AnyEncoding:
         """The recipe's encoding for a teacher of that vocabulary and hidden size."""
         labels = self.labels
+        if labels.label_encoding == "lowrank" and labels.label_rank > width:
+            raise RecipeError.of(
+                "label_rank",
+                labels.label_rank,
+                f"the teacher's hidden states have {width} numbers",
+                f"1 to {width}",
+            )
         return make_encoding(
             labels.label_encoding,
             shared=shared,
@@ -238,6 +247,16 @@ class LabelJob:
             pad_id(self.plan.tokenizer),
             self.labels.label_batch_size,
             self.labels.label_memory_mib,
+        )
+
+
+def _check_writable(folder: Path) -> None:
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK) or os.statvfs(place).f_flag & os.ST_RDONLY:
+        raise RunFolderError.of(
+            "label_store", str(folder), f"cannot be written to ({place})", "name another folder"
         )
 
 

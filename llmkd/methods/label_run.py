@@ -150,6 +150,7 @@ def write_store(
     if isinstance(labeller.encoding, LowRank):
         labeller.encoding = writer.lowrank()
     missing = writer.missing_shards()
+    state.wait_for_everyone()  # all have looked before anybody writes, so all share one list
     mine = missing[state.process_index :: state.num_processes]
     began, tokens = time.monotonic(), 0
     total = sum(len(writer.plan.shard_rows(n)) for n in mine)

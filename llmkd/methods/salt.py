@@ -21,6 +21,7 @@ from llmkd.methods.salt_select import check_named_scorer, choose_rows
 from llmkd.methods.salt_teacher import (
     check_given_teacher,
     give_teacher,
+    needs_small_lm,
     small_lm,
     taught,
     teacher_stage,
@@ -51,7 +52,8 @@ def run(recipe: Recipe) -> Path:
     plan.tokenizer = make_tokenizer(plan, documents)
     plan.rows = make_rows(plan, documents)
     stages = [plan.stage(name, changes) for name, changes in plan.arms.items()]
-    small = teacher_stage(plan)
+    # labels that lie in a store were paid for: their teacher is not trained again
+    small = teacher_stage(plan) if needs_small_lm(stages) else None
     check_stages(plan, [*([small] if small else []), *stages])
     plan.begin(documents)
     teacher = small_lm(plan, small)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -97,8 +98,11 @@ def check_teachers(teachers: Any) -> list[dict[str, Any]] | None:
         if ("model_name_or_path" in entry) == ("label_store" in entry):
             raise RecipeError.of("teachers", entry, "name one of model_name_or_path, label_store")
         weight = entry.get("weight", 1)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight) or weight < 0:
             raise RecipeError.of("teachers", entry, "weight must be a number, at least 0")
+    if not sum(entry.get("weight", 1) for entry in teachers):
+        raise RecipeError.of("teachers", teachers, "all weights are 0")
     return teachers
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, cast
 
+import torch
+
 from llmkd.data.tokenizer import tokenizer_digest
 from llmkd.errors import RecipeError
 from llmkd.evaluation.cost import forward_flops
@@ -15,8 +17,11 @@ from llmkd.methods.salt_plan import Plan
 from llmkd.methods.stage import EarlyCopy, Stage, student_config, train
 from llmkd.methods.steps import stage1_rows
 from llmkd.models.build import count_parameters
+from llmkd.objectives.divergences import find_divergence
+from llmkd.selection import find as find_selection
 from llmkd.teachers import LiveTeacher, ManyTeachers, StoredTeacher
 from llmkd.teachers.loading import check_weights, model_fingerprint
+from llmkd.types import SparseTarget
 
 # What a teacher trained here does not take from the recipe.
 TEACHER_CHANGES: dict[str, Any] = {
@@ -64,6 +69,11 @@ def check_store(plan: Plan, stage: Stage, entry: dict[str, Any]) -> None:
     """
     assert plan.tokenizer is not None
     store = StoredTeacher(entry["label_store"], revision=entry.get("revision")).open()
+    tail = stage.labels.label_tail or store.manifest["tail"]
+    if tail is not None and not stage.teachers:
+        one = torch.ones(1, 1)
+        label = SparseTarget(one.long(), one, store.manifest["shared"], tail)
+        find_divergence(stage.training.divergence).check(label)
     known = stage.selection.selection is None or stage.first is not None
     check_matches(
         store,
@@ -110,6 +120,19 @@ def sources(stage: Stage) -> list[dict[str, Any]]:
     if name := settings["teacher_model_name_or_path"]:
         return [{"model_name_or_path": name, "revision": settings["teacher_model_revision"]}]
     return [{}]
+
+
+def needs_small_lm(stages: list[Stage]) -> bool:
+    """False where stores or other teachers do all the teaching and nobody scores rows with it."""
+
+    def asks(stage: Stage) -> bool:
+        config = stage.selection
+        scores = config.selection is not None and find_selection(config.selection).needs_model
+        named = config.selection_model_name_or_path or config.selection_scores
+        return (taught(stage) and {} in sources(stage)) or (scores and not named)
+
+    elsewhere = any(taught(stage) and {} not in sources(stage) for stage in stages)
+    return not elsewhere or any(asks(stage) for stage in stages)
 
 
 def teacher_stage(plan: Plan) -> Stage | None:

@@ -128,6 +128,8 @@ class StoredTeacher:
         store, mask_BT = self.open(), inputs.get("attention_mask")
         starts = None if mask_BT is None else mask_BT.argmax(-1).tolist()
         numbers = rows_B.tolist()
+        if mask_BT is not None:
+            self._check_lengths(numbers, mask_BT.sum(-1).tolist())
         positions = inputs.get("position_ids")
         store.check(
             numbers,
@@ -140,6 +142,17 @@ class StoredTeacher:
         )
         self.forwards += 1
         return _to(target, ids_BT.device)
+
+    def _check_lengths(self, rows: list[int], lengths: list[int]) -> None:
+        for row, length in zip(rows, lengths, strict=True):
+            if self.open().length(row) != length:
+                raise DataError.of(
+                    "label_store",
+                    self.name,
+                    f"row {row} was labelled with {self.open().length(row)} tokens, "
+                    f"the batch has {length}",
+                    "train with the recipe the labels were made with",
+                )
 
     def release(self) -> None:
         """Let go of maps and head."""

@@ -116,7 +116,7 @@ class SoftLabelTrainer(Trainer):
     def record(self, term: LossTerm) -> None:
         """Add a term's sums to what the next log line will show as means per token."""
         self._sums["count"] += term.count
-        if "kl" in term.metrics:
+        if "teacher_entropy" in term.metrics:
             self._sums["kd_count"] += term.count
         for name, value in term.metrics.items():
             self._sums[name] += value

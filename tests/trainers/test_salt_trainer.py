@@ -476,7 +476,7 @@ def test_no_pickle_of_the_arguments_is_written(tmp_path):
         ("kd_weight", 2),
         ("teacher_temperature", 0),
         ("student_temperature", -1),
-        ("transition", "cosine"),
+        ("transition", "cosinus"),
         ("transition_hold", 1.5),
         ("average_tokens_across_devices", False),
         ("save_total_limit", 1),
