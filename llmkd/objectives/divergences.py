@@ -120,7 +120,7 @@ class Divergence:
         if self.needs_everywhere(options) and not covers_shared(target):
             settings = ", ".join(f"{key}={value}" for key, value in options.items())
             raise RecipeError.of(
-                "objective",
+                "divergence",
                 f"{self.name} {settings}".strip(),
                 "is infinite on labels that give most tokens no probability (tail renorm, draws)",
                 "a top k with label_tail bucket or smooth",

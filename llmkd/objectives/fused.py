@@ -167,12 +167,13 @@ def _pass(
     parts = max(-(-len(hidden) // chunk), 2)
     chunk = max(-(-len(hidden) // parts), min(LEAST_ROWS, len(hidden)), 1)
     buffers = LogitBuffers(job.blocks, chunk, work, product, device)
+    taught = None if job.target is None else _cast_heads(job.target, buffers)
     if grad_weight is not None and not len(hidden):
         grad_weight.zero_()
     for start in range(0, len(hidden), chunk):
         rows = slice(start, min(start + chunk, len(hidden)))
         z_CV = buffers.logits("student", hidden[rows], weight)
-        target = None if job.target is None else _chunk(job.target, rows, buffers)
+        target = None if taught is None else _chunk(taught, rows, buffers)
         sums_4 += _rows_in_cache(z_CV, bias_V, target, job, start)
         slope_CV = z_CV if z_CV.dtype == product else z_CV.to(product)
         if grad_hidden is not None:
@@ -264,6 +265,17 @@ class LogitBuffers:
         rows = chunk_rows(None, entries, memory_mib << 20, work)
         return cls({}, rows, work, _product_dtype(hidden), hidden.device)
 
+    def cast(self, head: Head, states: torch.dtype) -> Head:
+        """A head that does not train, cast once for all its products with hidden states of that
+        dtype.
+
+        Where both are in the work dtype already, the product is made in it; see `logits`.
+        """
+        weight = head.weight.detach()
+        if not states == weight.dtype == self.work:
+            weight = weight.to(self.product)
+        return replace(head, weight=weight)
+
     def project(self, hidden_CH: Tensor, head: Head, entries: int) -> Tensor:
         """The head's leading `entries` logits [C, entries] in float32, C at most `rows`."""
         with torch.autocast(self.device.type, enabled=False):
@@ -290,6 +302,15 @@ class LogitBuffers:
             some = slice(first, first + WEIGHT_ROWS)
             torch.mm(hidden_CH, weight_VH[some].T, out=out_CV[:, some])
         return out_CV
+
+
+def _cast_heads(target: Target, buffers: LogitBuffers) -> Target:
+    """Teachers' heads as the product reads them: once for a pass, not once for every chunk."""
+    if isinstance(target, MixtureTarget):
+        return replace(target, parts=tuple(_cast_heads(part, buffers) for part in target.parts))
+    if not isinstance(target, HiddenTarget):
+        return target
+    return replace(target, head=buffers.cast(target.head, target.hidden_BTH.dtype))
 
 
 def _chunk(target: Target, rows: slice, buffers: LogitBuffers, name: str = "teacher") -> Target:
@@ -344,8 +365,8 @@ def head_scores(
     No gradient.
     """
     hidden_NH = hidden_NH.detach()
-    head = replace(head, weight=head.weight.detach())
     buffers = LogitBuffers.for_budget(hidden_NH, len(head.weight), memory_mib)
+    head = buffers.cast(head, buffers.product)  # what `project` makes of the states
     buffers.rows = min(buffers.rows, max(len(hidden_NH), 1))
     nats = hidden_NH.new_empty(len(hidden_NH), dtype=buffers.work)
     hits = torch.empty_like(gold_N, dtype=torch.bool)

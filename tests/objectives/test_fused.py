@@ -321,3 +321,26 @@ def test_settings_are_refused_before_any_work():
     target = SparseTarget(torch.zeros(1, 2, 1).long(), torch.ones(1, 2, 1), V, "renorm")
     with pytest.raises(RecipeError, match="infinite"):
         kd(h, Head(w), target, mask, gold_BT=torch.zeros(1, 2).long())
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renorm", "smooth"])
+@pytest.mark.parametrize("sharpness", [0.5, 4.0, 12.0])
+def test_float32_keeps_small_differences_over_a_large_vocabulary(tail, sharpness):
+    """A flat teacher leaves nearly all mass unlisted: the slope there is a difference of two ones,
+    which must not be rounding alone (before: 2e-5). A sharp one lists nearly all of it."""
+    torch.manual_seed(0)
+    rows, vocab = 16, 20_000
+    hidden, weight = torch.randn(rows, 32), torch.randn(vocab, 32) / 32**0.5
+    probs, ids = (torch.randn(rows, vocab) * sharpness).softmax(-1).topk(64)
+    gold = torch.randint(0, vocab, (rows,))
+    found = []
+    for dtype in (torch.float32, F64):
+        h = hidden.to(dtype).clone().requires_grad_()
+        w = weight.to(dtype).clone().requires_grad_()
+        target = SparseTarget(ids, probs.to(dtype), vocab, tail)
+        mask = torch.ones(rows, dtype=torch.bool)
+        term = FusedLinearKD()(h, Head(w), target, mask, gold_BT=gold)
+        term.total.backward()
+        found.append((term.total.detach(), h.grad, w.grad))
+    for single, double in zip(*found, strict=True):
+        assert (single.double() - double).norm() <= 2e-6 * double.norm()
