@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
@@ -74,7 +74,7 @@ def _write(job: LabelJob, writer: StoreWriter, teacher: LiveTeacher, encoding: A
         text = yaml.safe_dump(job.plan.recipe.public(), sort_keys=False)
         write_text(job.folder / RECIPE, text)
     labeller = job.labeller(teacher, encoding)
-    with _grads_off():
+    with torch.no_grad():
         tokens, seconds = write_store(writer, labeller, job.rows, job.sample(writer.plan))
     state.wait_for_everyone()
     if state.is_main_process:
@@ -82,14 +82,6 @@ def _write(job: LabelJob, writer: StoreWriter, teacher: LiveTeacher, encoding: A
         rate = tokens / max(seconds, 1e-9)
         job.plan.say(f"labelled {tokens:,} tokens on this rank, {rate:,.0f} a second")
     state.wait_for_everyone()
-
-
-@contextmanager
-def _grads_off() -> Any:
-    import torch
-
-    with torch.no_grad():
-        yield
 
 
 class LabelJob:
@@ -107,7 +99,6 @@ class LabelJob:
         self.folder = Path(self.labels.label_store)
         _check_writable(self.folder)
         self.plan = Plan.of(plain)
-        self._plain = plain
         teacher = plain.build()[2]
         if not (teacher.teacher_model_name_or_path or teacher.teacher_model_config):
             raise RecipeError.of(
@@ -307,5 +298,5 @@ def _recompute(folder: Path, recipe: Path, rows: int) -> tuple[list[tuple[str, s
         from llmkd.labels.heads import read_fit
 
         encoding = read_fit(folder, encoding)
-    with _grads_off():
+    with torch.no_grad():
         return compare_rows(store, plan, job.labeller(teacher, encoding), job.rows, rows)

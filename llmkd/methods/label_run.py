@@ -47,6 +47,7 @@ class Labeller:
     batch_size: int
     memory_mib: int
     _buffers: LogitBuffers | None = None
+    _head: Head | None = None  # the frozen teacher's, in the dtype of the products
 
     def batch(self, rows: list[Row]) -> dict[str, Tensor]:
         """Rows padded, on the host; a short batch is filled up with its first row.
@@ -71,29 +72,31 @@ class Labeller:
         encoding = self.encoding
         if isinstance(target, DenseLogits):
             if encoding.needs == "hidden":
-                raise TeacherError.of(
-                    "label_encoding",
-                    encoding.name,
-                    f"{self.teacher.name} gives no hidden states that a plain head could read",
-                    "--label_encoding sampled, or topk",
-                )
+                raise self._no_states()
             return [encoding.reduce(target.logits_BTV[place, :length], row=number)]
         hidden_TH = target.hidden_BTH[place, :length]
         if encoding.needs == "hidden":
             return [encoding.reduce(hidden_TH, row=number)]
-        if self._buffers is None:
+        if self._buffers is None or self._head is None:
             self._buffers = LogitBuffers.for_budget(hidden_TH, encoding.shared, self.memory_mib)
+            self._head = self._buffers.cast(target.head, self._buffers.product)
         step = self._buffers.rows
         return [
             encoding.reduce(
-                self._buffers.project(
-                    hidden_TH[start : start + step], target.head, encoding.shared
-                ),
+                self._buffers.project(hidden_TH[start : start + step], self._head, encoding.shared),
                 row=number,
                 start=start,
             )
             for start in range(0, length, step)
         ]
+
+    def _no_states(self) -> LlmkdError:
+        return TeacherError.of(
+            "label_encoding",
+            self.encoding.name,
+            f"{self.teacher.name} gives no hidden states that a plain head could read",
+            "--label_encoding sampled, or topk",
+        )
 
     def pack(self, pieces: list[Piece]) -> list[Row]:
         """A batch's rows of the store; the only place that waits for the device."""
@@ -123,12 +126,7 @@ class Labeller:
             batch = {name: value.to(device) for name, value in self.batch(some).items()}
             target = self.teacher(batch)
             if isinstance(target, DenseLogits):
-                raise TeacherError.of(
-                    "label_encoding",
-                    self.encoding.name,
-                    f"{self.teacher.name} gives no hidden states that a plain head could read",
-                    "--label_encoding sampled, or topk",
-                )
+                raise self._no_states()
             head = target.head
             for place, row in enumerate(some):
                 found.append(target.hidden_BTH[place, : len(row["input_ids"])].float())

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import optimize  # the dev extra brings it, by way of lm_eval
 
 from llmkd.errors import DataError, RecipeError
 from llmkd.selection import SelectionConfig, rad
@@ -14,7 +15,6 @@ GAINS = np.array([0.9, 0.6, 0.3, 0.1])
 
 def best_value(gains, m, batch):
     """The optimum of a linear program: max sum pi g - (m t + sum u), u >= pi g - t, sum pi = b."""
-    optimize = pytest.importorskip("scipy.optimize")
     n = len(gains)
     cost = np.concatenate([-gains, [m], np.ones(n)])
     above = np.hstack([np.diag(gains), -np.ones((n, 1)), -np.eye(n)])
