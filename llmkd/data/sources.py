@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset, Value, interleave_datasets, load_dataset
 
 from llmkd.data.config import STDLIB, DataConfig
+from llmkd.data.places import means_path, way_to
 from llmkd.data.stdlib_corpus import stdlib_documents
 from llmkd.errors import DataError, MissingFileError
 
@@ -119,6 +120,7 @@ def _load(
             "dataset",
             name,
             f"no such file or folder (looked at {path.absolute()})",
+            *way_to(name),
             "check the path; relative ones start at the working directory",
             "a Hub dataset is written owner/name",
         )
@@ -134,9 +136,9 @@ def _load(
 
 
 def _looks_like_path(name: str) -> bool:
-    # `owner/name` is a Hub id; an ending we could read, or more slashes, is a path.
+    # An ending we could read is a path's.
     suffixes = [suffix for suffix in Path(name).suffixes if suffix in LOADERS or suffix == ".gz"]
-    return bool(suffixes) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return bool(suffixes) or means_path(name)
 
 
 def _local(path: Path, split: str, *, streaming: bool) -> Dataset | IterableDataset:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from llmkd.data.places import check_place
 from llmkd.errors import RecipeError
 from llmkd.files import digest
 
@@ -54,6 +55,7 @@ def load_tokenizer(
     name: str, revision: str | None = None, *, key: str = "tokenizer_name_or_path"
 ) -> PreTrainedTokenizerBase:
     """`AutoTokenizer` with remote code off; RecipeError names `key` where it fails."""
+    check_place(key, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:

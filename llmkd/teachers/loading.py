@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from llmkd.errors import RecipeError, TeacherError
+from llmkd.data.places import check_place, way_to
+from llmkd.errors import LlmkdError, RecipeError, TeacherError
 from llmkd.files import digest
 
 
@@ -28,6 +29,7 @@ def load_model(
 
     Raises RecipeError that names `key` where the model cannot be loaded.
     """
+    check_place(key, name)
     options: dict[str, Any] = {"attn_implementation": attn} if attn else {}
     if quantization is not None:
         options["quantization_config"] = quantization
@@ -41,27 +43,28 @@ def load_model(
             **options,
         )
     except (OSError, ValueError) as error:
-        raise RecipeError.of(
-            key,
-            name,
-            f"cannot be loaded: {str(error).splitlines()[0][:240]}",
-            "check the id or folder (only safetensors weights are read)",
-            "without network only local folders work",
-        ) from error
+        raise _not_loaded(key, name, error) from error
 
 
 def load_config(name: str, revision: str | None, key: str) -> PretrainedConfig:
     """The config of a model without its weights; RecipeError that names `key`."""
+    check_place(key, name)
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise RecipeError.of(
-            key,
-            name,
-            f"cannot be loaded: {str(error).splitlines()[0][:240]}",
-            "check the id or folder; a folder needs config.json and model.safetensors",
-            "without network only local folders work",
-        ) from error
+        raise _not_loaded(key, name, error) from error
+
+
+def _not_loaded(key: str, name: str, error: Exception) -> LlmkdError:
+    here = [] if Path(name).exists() else [f"if it is a folder: {way_to(name)[0]}"]
+    return RecipeError.of(
+        key,
+        name,
+        f"cannot be loaded: {str(error).splitlines()[0][:240]}",
+        "check the id or folder; a folder needs config.json and model.safetensors",
+        *here,
+        "without network only local folders work",
+    )
 
 
 @contextmanager

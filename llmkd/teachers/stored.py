@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from llmkd.data.places import means_path, way_to
 from llmkd.data.tokenizer import tokenizer_digest
 from llmkd.errors import DataError, MissingFileError, TeacherError
 from llmkd.labels import Store, positions_of
@@ -163,8 +164,16 @@ class StoredTeacher:
 def store_folder(source: str, revision: str | None = None) -> Path:
     """A local folder, or the snapshot of a Hub dataset; MissingFileError where there is neither."""
     path = Path(source).expanduser()
-    if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if path.exists():
         return path
+    write = "write one with `llmkd label RECIPE --label_store FOLDER`"
+    looked = f"no such folder (looked at {path.absolute()})"
+    if "/" not in source or means_path(source):
+        ways = [*way_to(source), write]
+        if source.count("/") == 1 and source[0] not in "./~":
+            fetch = f"`hf download {source} --repo-type dataset --local-dir FOLDER`"
+            ways.append(f"if it is a Hub dataset: {fetch}, and name that folder")
+        raise MissingFileError.of("label_store", source, looked, *ways)
     from huggingface_hub import snapshot_download
 
     try:
@@ -175,9 +184,12 @@ def store_folder(source: str, revision: str | None = None) -> Path:
         raise MissingFileError.of(
             "label_store",
             source,
-            f"neither a folder nor a Hub dataset that can be read "
-            f"({str(error).splitlines()[0][:200]})",
-            "write one with `llmkd label RECIPE --label_store FOLDER`",
+            f"neither a folder nor a Hub dataset that can be read: {looked}; the Hub: "
+            f"{str(error).splitlines()[0][:200]}",
+            f"if it is a folder: {way_to(source)[0]}",
+            "if it is a Hub dataset: check the id and the network; a private one needs "
+            "`hf auth login`",
+            write,
         ) from error
 
 
