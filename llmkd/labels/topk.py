@@ -51,7 +51,9 @@ class TopK:
     value_bits: int = 16
 
     def __post_init__(self) -> None:
-        if not 1 <= self.k <= self.shared:
+        if self.k < 1:
+            raise RecipeError.of("label_k", self.k, "must be at least 1", "50 to 100 is usual")
+        if self.k > self.shared:
             raise RecipeError.of(
                 "label_k",
                 self.k,
@@ -87,7 +89,8 @@ class TopK:
         """Quantise and flatten."""
         whole = gather_pieces(pieces)
         log_Tk, tail = whole["log_probs"], whole["tail"].astype(np.float16)
-        columns = split_ids(whole["ids"].reshape(-1), self.shared)
+        ids_Tk = _real_ids(whole["ids"], self.shared)
+        columns = split_ids(ids_Tk.reshape(-1), self.shared)
         if self.value_bits == 16:
             return {**columns, "log_probs": log_Tk.astype(np.float16).reshape(-1), "tail": tail}
         log_Tk = np.maximum(log_Tk, FLOOR)
@@ -137,6 +140,21 @@ class TopK:
         log_Sk = codes_Sk * step_S1
         log_Sk += low_S1
         return np.exp(log_Sk, out=log_Sk).reshape(-1)
+
+
+def _real_ids(ids_Tk: np.ndarray, shared: int) -> np.ndarray:
+    """Ids of the padding behind the vocabulary (listed where a token has fewer than k finite
+    logits) replaced by others that the token does not list; their probability is 0 all the same.
+    """
+    padding_Tk = ids_Tk >= shared
+    if not padding_Tk.any():
+        return ids_Tk
+    ids_Tk = ids_Tk.copy()
+    for ids_k, padding_k in zip(ids_Tk, padding_Tk, strict=True):
+        # of k ids that exist at least as many are unlisted as places are to be filled
+        unlisted = np.setdiff1d(np.arange(len(ids_k)), ids_k[~padding_k])
+        ids_k[padding_k] = unlisted[: padding_k.sum()]
+    return ids_Tk
 
 
 @lru_cache(maxsize=1)

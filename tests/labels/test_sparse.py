@@ -66,6 +66,19 @@ def test_top_k_finds_ties_and_minus_infinity():
         assert whole.sum().item() == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("vocab, k", [(70, 70), (70, 9), (1000, 12), (130, 100)])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_more_entries_than_finite_logits_list_tokens_that_exist(vocab, k, bits):
+    logits = torch.full((3, vocab), float("-inf"))
+    logits[:, [2, vocab - 1, 40]] = torch.tensor([1.0, 0.0, 2.0])
+    logits[1] = zipf_logits(1, vocab)[0]
+    ids, probs = one_row(TopK(k, vocab, value_bits=bits), logits)
+    assert all(len(set(row)) == k and max(row) < vocab for row in ids.tolist())
+    assert ids[0, :3].tolist() == [40, 2, vocab - 1]
+    wanted = torch.tensor([2.0, 1.0, 0.0]).softmax(-1)
+    assert torch.allclose(probs[0, :3], wanted, atol=2e-3) and probs[0, 3:].sum() < 1e-6
+
+
 def test_draws_by_hand():
     # 4 points on .5, .25, .25: 2, 1, 1 whatever the offset
     ids, probs = one_row(Sampled(4, 3), torch.tensor([[0.25, 0.5, 0.25]]).log())
@@ -222,7 +235,7 @@ def test_settings_make_the_encoding_again():
     "settings, words",
     [
         ({"name": "topk", "k": 301}, "label_k: 301"),
-        ({"name": "topk", "k": 0}, "label_k: 0"),
+        ({"name": "topk", "k": 0}, "label_k: 0: must be at least 1"),
         ({"name": "topk", "value_bits": 4}, "label_value_bits: 4"),
         ({"name": "sampled", "draws": 256}, "label_draws: 256"),
         ({"name": "sampled", "sampling": "greedy"}, "label_sampling: 'greedy'"),
