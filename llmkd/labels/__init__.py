@@ -16,7 +16,7 @@ from llmkd.labels.manifest import StorePlan
 from llmkd.labels.sampled import Sampled
 from llmkd.labels.store import Store
 from llmkd.labels.topk import TopK
-from llmkd.labels.writer import StoreWriter
+from llmkd.labels.writer import StoreWriter, check_folder
 
 __all__ = [
     "DEFAULT_TAIL",
@@ -33,6 +33,7 @@ __all__ = [
     "StorePlan",
     "StoreWriter",
     "TopK",
+    "check_folder",
     "check_matches",
     "describe",
     "encoding_from",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, fields
 
 from llmkd.errors import RecipeError
+from llmkd.labels.encodings import AnyEncoding, make_encoding
 from llmkd.types import TAILS
 
 
@@ -83,6 +85,33 @@ class LabelConfig:
         for key in ("batch_size", "rows_per_shard", "fit_rows", "memory_mib"):
             if getattr(self, f"label_{key}") < 1:
                 raise RecipeError.of(f"label_{key}", getattr(self, f"label_{key}"), "at least 1")
+        # each encoding knows its own limits; those of a teacher come when there is one
+        self.encoding(shared=sys.maxsize, width=sys.maxsize)
+
+    def encoding(self, *, shared: int, width: int, temperature: float = 1.0) -> AnyEncoding:
+        """The encoding named, for a teacher of that shared vocabulary and hidden size; RecipeError
+        naming the key whose value it cannot have.
+        """
+        if self.label_encoding == "lowrank" and self.label_rank > width:
+            raise RecipeError.of(
+                "label_rank",
+                self.label_rank,
+                f"the teacher's hidden states have {width} numbers",
+                f"1 to {width}",
+            )
+        return make_encoding(
+            self.label_encoding,
+            shared=shared,
+            width=width,
+            temperature=temperature,
+            seed=self.label_seed,
+            k=self.label_k,
+            value_bits=self.label_value_bits,
+            draws=self.label_draws,
+            sampling=self.label_sampling,  # pyright: ignore[reportArgumentType]
+            dtype=self.label_dtype,  # pyright: ignore[reportArgumentType]
+            rank=self.label_rank,
+        )
 
 
 # Reading a store depends on where it is and on the tail; the rest says how one is written.

@@ -43,6 +43,8 @@ class StoreWriter:
     never a folder of another kind. Leaving by an error keeps whole shards.
     """
 
+    sums_up_to = 1 << 32  # bytes of a finished store whose hashes are read again: some 4 s
+
     def __init__(
         self, folder: str | Path, plan: StorePlan, *, main: bool = True, overwrite: bool = False
     ) -> None:
@@ -57,6 +59,7 @@ class StoreWriter:
                 raise ValueError("the main writer must be open before the others enter")
             self._check_same_plan(found)
             return self
+        check_folder(self.folder)
         with disk_errors(self.folder / manifests.NAME):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -77,9 +80,9 @@ class StoreWriter:
 
     def missing_shards(self, sums: bool = True) -> list[int]:
         """Numbers of the shards still to do. One counts as done only if its file and JSON agree
-        in size and, with `sums`, SHA-256 (about a second a gigabyte)."""
-        if self.done:
-            sums = False  # `llmkd label verify` is for that
+        in size and, with `sums`, SHA-256 (about a second a gigabyte; not those of a finished store
+        that is larger than `sums_up_to`)."""
+        sums = sums and self.reads_sums
         missing = []
         for number in range(self.plan.shards):
             problem = shard_problem(self.folder, number, self.plan.key, sums)
@@ -94,6 +97,14 @@ class StoreWriter:
         """Whether the manifest says that everything was written."""
         found = self._stored()
         return found is not None and found["status"] == "done"
+
+    @property
+    def reads_sums(self) -> bool:
+        """Whether hashes are worth their time: a large finished store is for `label verify`."""
+        found = self._stored()
+        if found is None or found["status"] != "done":
+            return True
+        return found["bytes"] <= self.sums_up_to
 
     @property
     def has_head(self) -> bool:
@@ -173,7 +184,7 @@ class StoreWriter:
     def _claim(self) -> None:
         """Make the folder this plan's, or find that it is."""
         manifest = self.folder / manifests.NAME
-        if not manifest.exists() and (strangers := self._strangers()):
+        if not manifest.exists() and (strangers := _strangers(self.folder, self.plan.key)):
             raise _foreign(self.folder, f"holds something else: {', '.join(strangers[:5])}")
         with _as_foreign(self.folder):
             found = self._stored()
@@ -187,33 +198,10 @@ class StoreWriter:
         if found is None:
             write_json(manifest, manifests.begun(self.plan))
 
-    def _strangers(self) -> list[str]:
-        """What a folder without a manifest holds; nothing if its shards are this plan's (somebody
-        deleted a damaged manifest)."""
-        names = {path.name for path in self.folder.iterdir() if not path.name.startswith(".")}
-        inside = [path for path in self.folder.glob("data/*") if path.name[0] != "."]
-        shards = sorted(self.folder.glob("data/shard-*.json"))
-        if names == {"data"} and not inside:
-            return []
-        if names <= set(OURS) and shards and all(p.name.startswith("shard-") for p in inside):
-            try:
-                if read_json(shards[0]).get("key") == self.plan.key:
-                    return []
-            except (ValueError, AttributeError):
-                pass
-        return sorted(names)
-
     def _check_same_plan(self, found: dict[str, Any] | None) -> None:
         if found is None or found["key"] == self.plan.key:
             return
-        lines = manifests.differences(found, self.plan.settings)
-        raise RunFolderError.of(
-            "label_store",
-            str(self.folder),
-            "holds labels of other settings:\n    " + "\n    ".join(lines),
-            "name another folder with --label_store",
-            "--overwrite_labels true deletes them first",
-        )
+        raise _other_settings(self.folder, manifests.differences(found, self.plan.settings))
 
     def _empty(self) -> None:
         # The manifest last: until then a second try still knows that the folder is ours.
@@ -249,6 +237,54 @@ class StoreWriter:
         if self._lock is not None:
             self._lock.close()  # closing unlocks
             self._lock = None
+
+
+def check_folder(
+    folder: Path, known: Mapping[str, Any] | None = None, *, overwrite: bool = False
+) -> None:
+    """What entering a `StoreWriter` would refuse and can be seen before a plan is made: a file, a
+    folder of another kind and, unless `overwrite`, a store whose settings differ from those
+    `known` already. RunFolderError; nothing is written.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise _foreign(folder, "is a file")
+    with _as_foreign(folder):
+        found = manifests.read_manifest(folder)
+    if found is None and (strangers := _strangers(folder)):
+        raise _foreign(folder, f"holds something else: {', '.join(strangers[:5])}")
+    if found is not None and not overwrite:
+        lines = manifests.differences(found, known or {})
+        if lines:
+            raise _other_settings(folder, lines)
+
+
+def _strangers(folder: Path, key: str | None = None) -> list[str]:
+    """What a folder without a manifest holds; nothing if its shards are those of the plan with
+    `key` (somebody deleted a damaged manifest), or of any plan without one."""
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    inside = [path for path in folder.glob("data/*") if path.name[0] != "."]
+    shards = sorted(folder.glob("data/shard-*.json"))
+    if names == {"data"} and not inside:
+        return []
+    if names <= set(OURS) and shards and all(p.name.startswith("shard-") for p in inside):
+        try:
+            if key is None or read_json(shards[0]).get("key") == key:
+                return []
+        except (ValueError, AttributeError):
+            pass
+    return sorted(names)
+
+
+def _other_settings(folder: Path, lines: Sequence[str]) -> LlmkdError:
+    return RunFolderError.of(
+        "label_store",
+        str(folder),
+        "holds labels of other settings:\n    " + "\n    ".join(lines),
+        "name another folder with --label_store",
+        "--overwrite_labels true deletes them first",
+    )
 
 
 @contextmanager

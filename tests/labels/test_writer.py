@@ -22,6 +22,7 @@ from llmkd.labels import (
     Store,
     StoreWriter,
     TopK,
+    check_folder,
     fit_lowrank,
     verify_checksums,
 )
@@ -288,6 +289,42 @@ def test_a_folder_of_another_kind_is_never_touched(tmp_path, name, overwrite):
     with pytest.raises(RunFolderError, match="name an empty or a new folder"):
         StoreWriter(tmp_path / "s", plan(), overwrite=overwrite).__enter__()
     assert contents(tmp_path / "s") == {name: b'{"mine": 1}'}
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "data/train.csv", "README.md", "manifest.json"])
+def test_a_folder_of_another_kind_is_seen_before_there_is_a_plan(tmp_path, name):
+    path = tmp_path / "s" / name
+    path.parent.mkdir(parents=True)
+    path.write_text('{"mine": 1}')
+    with pytest.raises(RunFolderError, match="name an empty or a new folder"):
+        check_folder(tmp_path / "s")
+    with pytest.raises(RunFolderError, match="is a file"):
+        check_folder(path)
+    with pytest.raises(RunFolderError, match="is a file"):
+        StoreWriter(path, plan()).__enter__()
+
+
+def test_other_settings_are_seen_as_soon_as_they_are_known(tmp_path):
+    folder = write_store(tmp_path / "s", plan())
+    check_folder(tmp_path / "new")
+    check_folder(folder, {"max_length": 9})
+    with pytest.raises(RunFolderError, match="max_length: the store has 9, this run 16"):
+        check_folder(folder, {"max_length": 16, "seed": 0})
+    check_folder(folder, {"max_length": 16}, overwrite=True)
+    (folder / "manifest.json").unlink()
+    check_folder(folder)  # whose shards they are is seen once the plan is there
+
+
+def test_a_flipped_byte_of_a_finished_store_is_seen_where_reading_it_is_quick(tmp_path):
+    folder = write_store(tmp_path / "s", plan())
+    shard = folder / "data/shard-00002.arrow"
+    flipped = bytearray(shard.read_bytes())
+    flipped[-20] ^= 1
+    shard.write_bytes(flipped)
+    with StoreWriter(folder, plan()) as writer:
+        assert writer.done and writer.reads_sums and writer.missing_shards() == [2]
+        writer.sums_up_to = 100  # a large store: its size alone
+        assert not writer.reads_sums and writer.missing_shards() == []
 
 
 def test_a_deleted_manifest_costs_no_shard_but_never_mixes_stores(tmp_path):
