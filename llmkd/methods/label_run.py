@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llmkd.data import PackedCollator
-from llmkd.errors import LlmkdError, TeacherError
+from llmkd.errors import DataError, LlmkdError, TeacherError
 from llmkd.labels import (
     AnyEncoding,
     StorePlan,
@@ -135,12 +135,13 @@ class Labeller:
 
 
 def write_store(
-    writer: StoreWriter, labeller: Labeller, rows: Any, sample: list[Row]
+    writer: StoreWriter, labeller: Labeller, rows: Any, sample: list[Row], *, quiet: bool = False
 ) -> tuple[int, float]:
     """Label every shard that is missing; returns tokens labelled here and seconds they took.
 
-    `sample` are the rows that heads and fits are made of. Ranks take shards in turn. The next batch
-    is collated and finished shards are packed and written while the teacher works.
+    `sample` are the rows that heads and fits are made of; `quiet` shows no bar. Ranks
+    take shards in turn. The next batch is collated and finished shards are packed and written while
+    the teacher works.
     """
     state = PartialState()
     _put_head(writer, labeller, sample)
@@ -155,7 +156,7 @@ def write_store(
     with (
         ThreadPoolExecutor(1) as reader,
         ThreadPoolExecutor(1) as packer,
-        tqdm(total=total, desc="labelling rows", disable=not state.is_main_process) as bar,
+        _bar(total, quiet or not state.is_main_process) as bar,
     ):
         waiting: deque[Future[Any]] = deque()
         for number, batches in _shards(writer.plan, rows, mine, labeller, reader):
@@ -172,6 +173,12 @@ def write_store(
         for future in waiting:
             future.result()
     return tokens, time.monotonic() - began
+
+
+def _bar(total: int, hidden: bool) -> tqdm:
+    # only a bar that is hidden says so: `disable=False` would overrule TQDM_DISABLE
+    name = "labelling rows"
+    return tqdm(total=total, desc=name, disable=True) if hidden else tqdm(total=total, desc=name)
 
 
 def _finish(writer: StoreWriter, number: int, packed: list[Future[list[Row]]]) -> None:
@@ -258,7 +265,11 @@ def _stream_shards(plan: StorePlan, rows: Any) -> Iterator[tuple[int, list[Row]]
     for number in range(plan.shards):
         part = list(islice(source, len(plan.shard_rows(number))))
         if len(part) < len(plan.shard_rows(number)):
-            raise LlmkdError.of(
-                "max_steps", plan.total_rows, "the stream ended before all its rows were labelled"
+            raise DataError.of(
+                "dataset",
+                f"{plan.total_rows} rows",
+                f"the stream is shorter than it was: it ends in the middle of shard {number}",
+                "the same text as before: whole shards are kept, the same command goes on",
+                "other text: --overwrite_labels true, or another --label_store",
             )
         yield number, part

@@ -6,9 +6,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from llmkd.data import TokenRows
+from llmkd.errors import DataError
 from llmkd.labels import Layout, Store, StorePlan
 from llmkd.labels.hidden import Hidden, LowRank
 from llmkd.methods.label_run import Labeller, Row
+from llmkd.teachers import StoredTeacher
 
 # Another batch, thread count or machine rounds the teacher's products differently; what is larger
 # is another teacher, another text or damage.
@@ -16,9 +19,25 @@ HIDDEN_TOLERANCE = 0.05  # of the largest magnitude; int8 rounds to 1/127 of a g
 MASS_TOLERANCE = 0.05  # mean total variation of a token
 
 
+Found = tuple[list[tuple[str, str]], list[str]]  # lines of a table, problems
+
+
+def compare_tokens(store: Store, rows: TokenRows) -> Found:
+    """Whether the labels' rows are the recipe's: what can be said without a teacher."""
+    stored, made = store.manifest["data"], rows.fingerprint
+    if stored != made:
+        problem = f"rows (text, tokenizer and packing): the store has {stored}, the recipe {made}"
+        return [("rows", "not the recipe's")], [problem]
+    try:
+        StoredTeacher(store).check_dataset(rows.train)
+    except DataError as error:
+        return [("rows", "not the recipe's")], [str(error)]
+    return [("rows", f"the recipe's ({stored}): same text, tokenizer and packing")], []
+
+
 def compare_rows(
     store: Store, plan: StorePlan, labeller: Labeller, rows: Dataset, wanted: int
-) -> tuple[list[tuple[str, str]], list[str]]:
+) -> Found:
     """Label about `wanted` rows again, in the batches they were made in; a table and problems."""
     size = labeller.batch_size
     starts = [
@@ -79,6 +98,6 @@ def _unit(store: Store) -> str:
 
 def print_lines(lines: list[tuple[str, str]]) -> None:
     """Two columns on the terminal."""
-    width = max(len(name) for name, _ in lines)
+    width = max((len(name) for name, _ in lines), default=0)
     for name, value in lines:
         print(f"{name:<{width}}  {value}")

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from llmkd.data.tokenizer import tokenizer_digest
-from llmkd.errors import RecipeError
+from llmkd.errors import MissingFileError, RecipeError
 from llmkd.evaluation.cost import forward_flops
 from llmkd.files import digest
 from llmkd.labels import check_matches
@@ -163,6 +163,28 @@ def small_lm(plan: Plan, stage: Stage | None) -> dict[str, Any] | None:
         name, revision = teacher.teacher_model_name_or_path, teacher.teacher_model_revision
         return _teacher_facts(plan, name, revision, None)
     return None
+
+
+def teacher_at_hand(plan: Plan) -> dict[str, Any]:
+    """Facts of the recipe's teacher as it stands, nothing trained; MissingFileError where it is
+    gone.
+    """
+    teacher = plan.recipe.build()[2]
+    name, revision = teacher.teacher_model_name_or_path, teacher.teacher_model_revision
+    if name:
+        try:
+            return _teacher_facts(plan, name, revision, None)
+        except RecipeError as error:
+            raise MissingFileError(str(error)) from error
+    folder = (plan.folder / "teacher").absolute()
+    if not (folder / "config.json").is_file():  # it appears when training is over
+        raise MissingFileError.of(
+            "teacher_model_config",
+            str(folder),
+            "the teacher that was trained there is gone, and is not trained again for this",
+            "if it lies elsewhere: --teacher_model_name_or_path FOLDER instead",
+        )
+    return _teacher_facts(plan, str(plan.folder / "teacher"), None, None)
 
 
 def _teacher_facts(

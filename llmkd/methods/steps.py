@@ -56,6 +56,15 @@ def stage1_rows(stage: Stage) -> np.ndarray:
     return np.unique(_order(stage, len(stage.rows.train))[:needed])
 
 
+def longest_run(stage: Stage, rows: int) -> int:
+    """The most optimizer steps, up to the stage's own, whose KD stage takes no more than `rows`
+    rows; 0 where not even one step's does.
+    """
+    batch, ratio = global_batch(stage.training), stage.training.kd_ratio
+    fitting = (n for n in range(stage.steps, 0, -1) if kd_steps(ratio, n) * batch <= rows)
+    return next(fitting, 0)
+
+
 def _order(stage: Stage, rows: int) -> np.ndarray:
     args = stage.training
     seed = args.data_seed if args.data_seed is not None else args.seed

@@ -22,7 +22,7 @@ import torch
 
 from llmkd.data.collator import for_the_model
 from llmkd.labels import StoreWriter
-from llmkd.methods.label import LabelJob
+from llmkd.methods.label_job import LabelJob
 from llmkd.methods.label_run import write_store
 from llmkd.methods.recipe import read_recipe
 from llmkd.methods.salt_config import TYPES, with_absolute_paths
@@ -36,7 +36,8 @@ def main() -> None:
     args, words = parser.parse_known_args()
     words += ["--label_store", tempfile.mkdtemp(prefix="llmkd-")]
     job = LabelJob(with_absolute_paths(read_recipe(words, TYPES)))
-    teacher, encoding = job.load_teacher()
+    teacher, encoding = job.find_teacher()
+    job.load(teacher)
     plan = job.store_plan(teacher, encoding)
     plan = replace(plan, rows=plan.rows[: args.rows])
     labeller = job.labeller(teacher, encoding)
