@@ -89,11 +89,14 @@ class RunFolder:
         same_rows = rows is None or facts["data"]["fingerprint"] == rows
         if facts["key"] == key or (key is None and not changed and same_rows):
             return
-        shown = ", ".join(f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in changed[:4])
+        shown = [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in changed[:4]]
+        if not same_rows:
+            was = facts["data"]["fingerprint"]
+            shown.append(f"rows (text, tokenizer and packing): {was!r} -> {rows!r}")
         raise RunFolderError.of(
             "output_dir",
             str(self.path),
-            f"holds another recipe's run ({shown or 'other data, teacher or software'})",
+            f"holds another recipe's run ({', '.join(shown) or _not_settings(facts)})",
             "choose another --output_dir",
             "--overwrite_run true replaces the old run",
         )
@@ -150,6 +153,20 @@ class RunFolder:
 
     def _write(self, facts: dict[str, Any]) -> None:
         write_json(self.path / "run.json", facts)
+
+
+def _not_settings(facts: dict[str, Any]) -> str:
+    """What else makes another run, as the one in the folder had it."""
+    teacher, student = facts.get("teacher") or {}, facts.get("student") or {}
+    known = {
+        "rows": (facts.get("data") or {}).get("fingerprint"),
+        "teacher": teacher.get("fingerprint"),
+        "student": student.get("source"),
+        "rows of a step": (facts.get("schedule") or {}).get("batch_rows"),
+        "selected rows": (facts.get("data") or {}).get("selected_rows"),
+    }
+    had = ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
+    return f"of the same settings, but not of the same models, rows or ranks; it had {had}"
 
 
 def peak_memory() -> int:

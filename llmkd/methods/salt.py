@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from accelerate import PartialState
 
 from llmkd.data import load_documents
@@ -34,6 +35,8 @@ from llmkd.methods.stage import (
     student_config,
     train,
 )
+from llmkd.selection import controls, four_cells, has_controls
+from llmkd.selection.controls import CONTROL
 
 BASELINE = "baseline"
 
@@ -115,7 +118,18 @@ def _report(plan: Plan, stages: list[Stage]) -> None:
         plan.run.end(tokens=sum(result.tokens for result in results))
     write_report(plan.folder)
     print_table(results, BASELINE)
+    losses = {result.name: result.loss for result in results}
+    for selection in sorted({stage.selection.selection or CONTROL for stage in stages} - {CONTROL}):
+        print(f"\n{selection}: {_against_random(selection, losses)}")
     plan.say(f"report: {plan.folder / 'report.html'}")
+
+
+def _against_random(selection: str, losses: dict[str, float]) -> str:
+    """What a selection is worth: its four arms, or what to add to the recipe."""
+    if has_controls(selection, losses):
+        return four_cells(selection, losses, "held-out nats/token")
+    arms = yaml.safe_dump(controls(selection), default_flow_style=True, width=10_000).strip()
+    return f"{CONTROL} rows and hard labels are not all among the arms; the four to add:\n{arms}"
 
 
 def _push(plan: Plan, stage: Stage) -> None:

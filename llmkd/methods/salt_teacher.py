@@ -84,21 +84,42 @@ def check_store(plan: Plan, stage: Stage, entry: dict[str, Any]) -> None:
         packing=stage.data.packing_strategy if stage.data.packing else None,
         teacher_temperature=stage.training.teacher_temperature,
         vocab=student_config(stage).vocab_size,
-        teacher=_named_teacher(stage),
+        # asked once: what this very run trains later is not held against labels it was given
+        teacher=_teacher_beside(plan, stage) if stage.first is None else None,
     )
 
 
-def _named_teacher(stage: Stage) -> dict[str, Any] | None:
-    """What a recipe that names a teacher beside the store says of it."""
+def _teacher_beside(plan: Plan, stage: Stage) -> dict[str, Any] | None:
+    """What a recipe that has a teacher beside the store says of it; None where it has none."""
+    if stage.teachers:  # each entry speaks for itself
+        return None
     name = stage.settings["teacher_model_name_or_path"]
     if not name:
-        return None
+        return _trained_beside(plan) if stage.settings["teacher_model_config"] else None
     revision = stage.settings["teacher_model_revision"]
     try:
         commit = getattr(LiveTeacher(name, revision=revision).config(), "_commit_hash", None)
     except RecipeError:  # not at hand, and it need not be: its name is compared
         return {"id": name}
     return {"id": name, "fingerprint": model_fingerprint(name, commit)}
+
+
+def _trained_beside(plan: Plan) -> dict[str, Any]:
+    """The same of one that `teacher_model_config` describes: its size always, its weights where
+    they lie in the run's folder.
+    """
+    small = teacher_stage(plan)
+    assert small is not None
+    facts: dict[str, Any] = {"parameters": count_parameters(student_config(small))}
+    try:
+        found = teacher_at_hand(plan)
+        return {**facts, "id": found["source"], "fingerprint": found["fingerprint"]}
+    except MissingFileError:
+        plan.say(
+            f"label_store: whether its teacher is the one teacher_model_config describes cannot be "
+            f"told ({small.folder} holds none yet); {facts['parameters']:,} parameters are compared"
+        )
+        return facts
 
 
 def taught(stage: Stage) -> bool:

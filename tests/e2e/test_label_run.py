@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import sentences
 from test_ranks import launch
-from test_salt_run import recipe, same, weights
+from test_salt_run import SMALL, recipe, same, weights
+from transformers import AutoModelForCausalLM
 
 from llmkd.cli import main
 from llmkd.files import read_json
@@ -277,3 +279,32 @@ def test_a_teacher_that_is_not_at_hand_is_compared_by_its_name(made, tmp_path, c
     code, _ = again(made, tmp_path, *store, "--teacher_model_name_or_path", "some/teacher")
     error = capsys.readouterr().err
     assert code == 1 and "some/teacher" in error and "teacher id" in error
+
+
+def test_a_teacher_that_would_be_trained_is_compared_too(made, tmp_path, capsys):
+    store = ["--label_store", str(made / "hidden")]
+
+    def train(folder, **changes):
+        changed = {**PLAIN, "dataset": str(made / "rows.jsonl"), **changes}
+        return main(["salt", recipe(folder, **changed), *store])
+
+    larger = {**SMALL, "hidden_size": 16}
+    assert train(tmp_path / "size", teacher_model_config=larger) == 1
+    error = capsys.readouterr().err
+    assert "teacher parameters: the store has" in error and not (tmp_path / "size/run").exists()
+
+    assert train(tmp_path / "none") == 0  # no weights to compare: it says so
+    said = " ".join(capsys.readouterr().out.split())
+    assert "holds none yet" in said and not (tmp_path / "none/run/teacher").exists()
+
+    other = shutil.copytree(made / "run" / "teacher", tmp_path / "other/run/teacher")
+    assert train(tmp_path / "other") == 0  # the very teacher, moved
+    shutil.rmtree(tmp_path / "other")
+    shutil.copytree(made / "run" / "teacher", other)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(0.5)
+    model.save_pretrained(other)
+    assert train(tmp_path / "other") == 1
+    error = capsys.readouterr().err
+    assert "teacher fingerprint: the store has" in error and str(other) in error

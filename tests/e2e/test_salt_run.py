@@ -134,7 +134,9 @@ def test_changed_text_is_another_run(tmp_path, capsys):
     )
     before = contents(tmp_path / "run")
     assert main(["salt", path]) == 1
-    assert "other data, teacher or software" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    was = read_json(tmp_path / "run" / "baseline" / "run.json")["data"]["fingerprint"]
+    assert f"rows (text, tokenizer and packing): '{was}' -> '" in error
     assert contents(tmp_path / "run") == before
     assert main(["salt", path, "--overwrite_run", "true"]) == 0  # the way out it names
     assert contents(tmp_path / "run")["held_out.jsonl"] != before["held_out.jsonl"]

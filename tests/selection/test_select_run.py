@@ -58,6 +58,11 @@ def test_every_selection_in_one_recipe_with_hard_labels_too(tmp_path, capsys):
     arms |= controls("el2n")
     path = recipe(tmp_path, arms=arms, selection="el2n")
     assert main(["salt", path]) == 0
+    said = capsys.readouterr().out
+    assert "el2n: held-out nats/token" in said and "el2n - random" in said
+    four = said.split("margin: random rows and hard labels are not all among the arms")[1]
+    assert yaml.safe_load(four.splitlines()[1]) == controls("margin")
+    assert "random: random rows" not in said and "random: held-out" not in said
     facts = {name: read_json(tmp_path / "run" / name / "run.json") for name in arms}
     for name, fact in facts.items():
         assert fact["status"] == "done" and fact["data"]["selected_rows"] == 8
