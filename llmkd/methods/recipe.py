@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import yaml
 from trl import TrlParser
@@ -15,6 +15,7 @@ from trl import TrlParser
 from llmkd.errors import LlmkdError, MissingFileError, RecipeError
 
 SECRETS = ("hub_token",)
+Kind = TypeVar("Kind")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +34,45 @@ class Recipe:
         """The dataclasses, with `changes` laid over the settings."""
         return build(self.types, {**self.settings, **changes})
 
+    def build_one(self, kind: type[Kind], **changes: Any) -> Kind:
+        """One of the dataclasses, with `changes` laid over the settings."""
+        return build((kind,), {**self.settings, **changes})[0]
+
+    def with_changes(self, changes: Mapping[str, Any]) -> Recipe:
+        """The recipe with an arm's changes laid over it."""
+        return Recipe({**self.settings, **changes}, {**self.given, **changes}, self.types)
+
     def public(self) -> dict[str, Any]:
         """What may be written down: the given settings without secrets."""
         return {key: value for key, value in self.given.items() if key not in SECRETS}
+
+
+def with_absolute_paths(recipe: Recipe, keys: Sequence[str], not_a_path: str = "") -> Recipe:
+    """Local paths under `keys`, in mixtures and lists of teachers too, made absolute, so that a
+    resume works from any folder.
+    """
+
+    def absolute(settings: dict[str, Any]) -> dict[str, Any]:
+        changed = dict(settings)
+        for key in {*keys} & {*settings}:
+            changed[key] = _absolute(changed[key], not_a_path)
+        for key, inner in (("dataset_mixture", "id"), ("teachers", "model_name_or_path")):
+            if isinstance(changed.get(key), list):
+                parts = [dict(part) for part in changed[key] if isinstance(part, dict)]
+                for part in parts:
+                    for name in (inner, "label_store"):
+                        if name in part:
+                            part[name] = _absolute(part[name], not_a_path)
+                changed[key] = parts
+        return changed
+
+    return Recipe(absolute(recipe.settings), absolute(recipe.given), recipe.types)
+
+
+def _absolute(value: Any, not_a_path: str) -> Any:
+    if isinstance(value, str) and value != not_a_path and Path(value).expanduser().exists():
+        return str(Path(value).expanduser().absolute())
+    return value
 
 
 class _Parser(TrlParser):
@@ -70,6 +107,21 @@ def read_recipe(argv: Sequence[str], types: tuple[type, ...]) -> Recipe:
     # --no_packing names packing
     given = {k: v for k, v in settings.items() if k in named or f"no_{k}" in named}
     return Recipe(settings, given, types)
+
+
+def method_of(argv: Sequence[str], methods: Mapping[str, tuple[type, ...]]) -> str:
+    """Whose recipe `[RECIPE.yaml | --config RECIPE.yaml] [--key value ...]` is: the method whose
+    dataclasses know the most of the keys it names; of equals the first. MissingFileError for a
+    recipe that is not there.
+    """
+    path, flags = _recipe_path(list(argv))
+    named = set(_read_yaml(path)) if path else set()
+    for word in flags:
+        if word.startswith("--"):
+            key = word[2:].split("=")[0].replace("-", "_")
+            named |= {key, key.removeprefix("no_")}
+    known = {method: len(named & _fields(types)) for method, types in methods.items()}
+    return max(known, key=lambda method: known[method])
 
 
 def build(types: tuple[type, ...], settings: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from llmkd import __version__
-from llmkd.errors import RunFolderError
+from llmkd.errors import MissingFileError, RunFolderError
 from llmkd.files import digest, read_json, write_json, write_text
 from llmkd.labels.config import WRITING_KEYS
 
@@ -167,6 +167,30 @@ def _not_settings(facts: dict[str, Any]) -> str:
     }
     had = ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
     return f"of the same settings, but not of the same models, rows or ranks; it had {had}"
+
+
+def recipe_to_resume(folder: str) -> tuple[str, list[str]]:
+    """The kind of run in a folder and the command line that goes on with it; an arm's folder, a
+    teacher's or a stage's means the run it belongs to. MissingFileError where there is none.
+    """
+    path = Path(folder).absolute()
+    if path.parent.name == "stages" and (path.parent.parent / "recipe.yaml").is_file():
+        path = path.parent.parent
+    parent = read_json(path.parent / "run.json") or {}
+    if (
+        path.name in [*parent.get("arms", []), "teacher", "shuffled"]
+        and (path.parent / "recipe.yaml").is_file()
+    ):
+        path = path.parent
+    facts = read_json(path / "run.json") or {}
+    if not (path / "recipe.yaml").is_file():
+        raise MissingFileError.of("folder", folder, "holds no recipe.yaml", "name a run folder")
+    kind = facts.get("kind", "salt")
+    if kind == "stage":
+        raise MissingFileError.of(
+            "folder", folder, "is a stage that several runs may share", "name the folder of a run"
+        )
+    return kind, [str(path / "recipe.yaml"), "--output_dir", str(path)]
 
 
 def peak_memory() -> int:

@@ -9,7 +9,6 @@ import yaml
 from accelerate import PartialState
 
 from llmkd.data import load_documents
-from llmkd.errors import MissingFileError
 from llmkd.evaluation.compare import as_json, compare, print_table
 from llmkd.evaluation.report import write_report
 from llmkd.files import read_json, write_json
@@ -84,19 +83,6 @@ def check_stages(plan: Plan, stages: list[Stage]) -> None:
             needed += bytes_needed(student_config(stage), stage.training)
     plan.claim_stages(stages)
     check_room(plan.folder, needed)
-
-
-def resume(folder: str) -> Path:
-    """`llmkd resume FOLDER`: the recipe in the folder, run again; an arm's folder means its
-    parent.
-    """
-    path = Path(folder).absolute()
-    parent = read_json(path.parent / "run.json") or {}
-    if path.name in [*parent.get("arms", []), "teacher"]:
-        path = path.parent
-    if not (path / "recipe.yaml").is_file():
-        raise MissingFileError.of("folder", folder, "holds no recipe.yaml", "name a run folder")
-    return main([str(path / "recipe.yaml"), "--output_dir", str(path)])
 
 
 def finish(plan: Plan, stages: list[Stage]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from llmkd.data import DataConfig
@@ -14,6 +13,7 @@ from llmkd.errors import RecipeError, TeacherError
 from llmkd.hub import check_hub
 from llmkd.labels.config import LabelConfig
 from llmkd.methods.recipe import SECRETS, Recipe
+from llmkd.methods.recipe import with_absolute_paths as absolute_paths
 from llmkd.models.build import StudentConfig
 from llmkd.selection import SelectionConfig
 from llmkd.selection import find as find_selection
@@ -130,22 +130,7 @@ PATH_KEYS = (
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """Local paths made absolute, so that a resume works from any folder."""
-
-    def absolute(settings: dict[str, Any]) -> dict[str, Any]:
-        changed = dict(settings)
-        for key in PATH_KEYS:
-            value = changed.get(key)
-            if isinstance(value, str) and value != STDLIB and Path(value).expanduser().exists():
-                changed[key] = str(Path(value).expanduser().absolute())
-        if isinstance(changed.get("dataset_mixture"), list):
-            parts = [dict(part) for part in changed["dataset_mixture"] if isinstance(part, dict)]
-            for part in parts:
-                if Path(str(part.get("id"))).expanduser().exists():
-                    part["id"] = str(Path(part["id"]).expanduser().absolute())
-            changed["dataset_mixture"] = parts
-        return changed
-
-    return Recipe(absolute(recipe.settings), absolute(recipe.given), recipe.types)
+    return absolute_paths(recipe, PATH_KEYS, STDLIB)
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -31,6 +31,7 @@ from llmkd.files import digest, fsync_tree, move_into, write_json
 from llmkd.methods.recipe import Recipe
 from llmkd.methods.run_folder import RunFolder, check_room, result_settings, settings_key
 from llmkd.methods.steps import global_batch, ordered_rows, steps_of
+from llmkd.methods.train_folder import begin_or_reuse, disk_needed, final_scores, train_in
 from llmkd.models.build import (
     check_vocabulary,
     check_window,
@@ -43,6 +44,7 @@ from llmkd.objectives import kd_steps
 from llmkd.teachers import Teacher
 from llmkd.teachers.loading import (
     check_packing,
+    commit_of,
     load_config,
     load_model,
     model_fingerprint,
@@ -51,7 +53,6 @@ from llmkd.teachers.loading import (
 from llmkd.trainers import SaltConfig, SaltTrainer
 from llmkd.trainers.bar import quiet_bar
 from llmkd.trainers.callbacks import MetricsFile
-from llmkd.trainers.checkpoints import last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
 PROBED_BELOW = 300_000_000  # parameters a model may have to be made just for a question
@@ -99,27 +100,21 @@ def train(stage: Stage) -> dict[str, Any]:
     only after training ended.
     """
     run, key = stage.run, stage.key
-    run.claim(key, stage.settings)
-    facts = run.facts()
-    if facts and run.finished(key):
-        stage.say(f"{stage.name}: reused, {stage.folder} holds this very run (key {key})")
+    facts = begin_or_reuse(run, key, stage.settings, name=stage.name, say=stage.say)
+    if facts is not None:
         return facts
     config = student_config(stage)
-    stage.callbacks.append(_KeepTime(run))
     check_room(stage.folder, bytes_needed(config, stage.training))
-    PartialState().wait_for_everyone()
-    run.begin(key, _facts(stage, config), recipe_yaml(stage))
-    checkpoint = last_whole_checkpoint(stage.folder, clean=run.main)
-    if checkpoint is not None:
-        stage.say(f"{stage.name}: goes on from {checkpoint.name}")
-    trainer = make_trainer(stage, config)
-    PartialState().wait_for_everyone()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _save(stage, trainer, _final_scores(trainer))
-    PartialState().wait_for_everyone()
-    facts = run.facts()
-    assert facts is not None
-    return facts
+    return train_in(
+        run,
+        key,
+        name=stage.name,
+        facts=_facts(stage, config),
+        recipe=recipe_yaml(stage),
+        make=lambda: make_trainer(stage, config),
+        save=lambda trainer: _save(stage, trainer, final_scores(trainer)),
+        say=stage.say,
+    )
 
 
 def make_trainer(stage: Stage, config: PretrainedConfig) -> SaltTrainer:
@@ -157,7 +152,8 @@ def student_config(stage: Stage) -> PretrainedConfig:
     if student.model_name_or_path:
         key = "model_name_or_path"
         config = load_config(student.model_name_or_path, student.model_revision, key)
-        if (commit := getattr(config, "_commit_hash", None)) is not None:
+        commit = commit_of(student.model_name_or_path, student.model_revision)
+        if commit is not None:
             logger.info("%s at revision %s", student.model_name_or_path, commit)
     else:
         key = "teacher_model_config" if stage.name == "teacher" else "model_config"
@@ -200,12 +196,7 @@ def _new_model(stage: Stage, config: PretrainedConfig) -> PreTrainedModel:
 
 def bytes_needed(config: PretrainedConfig, args: SaltConfig) -> int:
     """Disk for the model and its checkpoints (weights and two Adam moments, 4 bytes each)."""
-    parameters = count_parameters(config)
-    kept = 0
-    if args.save_strategy != "no":
-        saves = max(1, round(1 / args.save_steps)) if args.save_steps < 1 else 3
-        kept = (args.save_total_limit or saves) + 1
-    return parameters * (4 + 12 * kept) + (64 << 20)
+    return disk_needed(count_parameters(config), args)
 
 
 def recipe_yaml(stage: Stage) -> dict[str, Any]:
@@ -257,14 +248,6 @@ def _facts(stage: Stage, config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def _final_scores(trainer: SaltTrainer) -> dict[str, Any]:
-    """Held-out metrics at the last step; taken from the log where they stand there already."""
-    for line in reversed(trainer.state.log_history):
-        if "eval_loss" in line and line["step"] == trainer.state.global_step:
-            return line
-    return trainer.evaluate()
-
-
 def _save(stage: Stage, trainer: SaltTrainer, scores: dict[str, float]) -> None:
     aside = stage.folder / ".model.part"
     trainer.save_model(str(aside / "adapter" if stage.student.use_peft else aside))
@@ -287,14 +270,6 @@ def _save(stage: Stage, trainer: SaltTrainer, scores: dict[str, float]) -> None:
     }
     write_json(stage.folder / "eval.json", {"held_out": held_out})
     stage.run.end(tokens=trainer.state.num_input_tokens_seen)
-
-
-class _KeepTime(TrainerCallback):
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.run.keep_time()
 
 
 class EarlyCopy(TrainerCallback):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset, IterableDataset
+from transformers import TrainingArguments
 
 from llmkd.data import TokenRows, training_order
 from llmkd.errors import DataError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from llmkd.methods.stage import Stage
 
 
-def global_batch(args: SaltConfig) -> int:
+def global_batch(args: TrainingArguments) -> int:
     """Rows of one optimizer step over all ranks and micro-batches."""
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 

@@ -113,3 +113,17 @@ def mixed_rows(
     kd_N = distance_N + entropy_N if find.name == "forward_kl" else distance_N
     scale = student_temperature**2 if t2_scale else 1.0
     return (1.0 - kd_weight) * ce_N + kd_weight * scale * kd_N, ce_N, distance_N, entropy_N
+
+
+def nats_and_hits(logits_BTV: Tensor, gold_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """`head_scores` of logits that are there: nats and hits of the masked-in positions, [N] each.
+
+    Row by row, because a whole batch of log-probabilities is the largest tensor of an evaluation.
+    """
+    nats, hits = [], []
+    for logits_TV, gold_T, mask_T in zip(logits_BTV, gold_BT, mask_BT, strict=True):
+        logits_NV, gold_N = wide(logits_TV[mask_T]), gold_T[mask_T]
+        own_N = logits_NV.gather(-1, gold_N[:, None]).squeeze(-1)
+        nats.append(torch.logsumexp(logits_NV, -1) - own_N)
+        hits.append(logits_NV.argmax(-1) == gold_N)
+    return torch.cat(nats), torch.cat(hits)

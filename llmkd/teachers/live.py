@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from llmkd.data.collator import for_the_model
 from llmkd.data.tokenizer import load_tokenizer
 from llmkd.errors import RecipeError, TeacherError
 from llmkd.teachers.causal_head import TASK, head_agrees, keep_head, open_head
+from llmkd.teachers.frozen import collect, freeze, let_go, place
 from llmkd.teachers.loading import check_packing, load_config, load_model
 from llmkd.types import DenseLogits, Head, HiddenTarget
 
@@ -143,41 +143,12 @@ class LiveTeacher:
                 dtype=self.dtype,
                 key="teacher_model_name_or_path",
             )
-        self.model.requires_grad_(False)
-        self.model.eval()
-        self._check_finite()
+        freeze(self.model, self.name)
         if self.packed and not hasattr(next(self.model.parameters()), "ds_tensor"):
             check_packing(self.model, "teacher")
         self._opens = open_head(self.model)
-        self._place(accelerator)
+        self.model = place(self.model, accelerator)
         self._accelerator = accelerator
-
-    def _check_finite(self) -> None:
-        # Under ZeRO-3 each rank sees its own shard; together they see every weight.
-        for name, weight in self.model.named_parameters():
-            values = getattr(weight, "ds_tensor", weight)
-            if values.is_floating_point() and not torch.isfinite(values).all():
-                raise TeacherError.of(
-                    "teacher",
-                    self.name,
-                    f"its weight {name} holds NaN or infinity",
-                    "download or export it again; a truncated or overflowed file looks like this",
-                )
-
-    def _place(self, accelerator: Any) -> None:
-        from accelerate.utils import DistributedType
-
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            from trl.models.utils import prepare_deepspeed
-
-            self.model = prepare_deepspeed(self.model, accelerator)
-        elif accelerator.distributed_type == DistributedType.FSDP:
-            from trl.models.utils import prepare_fsdp
-
-            self.model = prepare_fsdp(self.model, accelerator)
-        else:
-            self.model.to(accelerator.device)
-        self.model.eval()
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor]) -> HiddenTarget | DenseLogits:
@@ -235,9 +206,6 @@ class LiveTeacher:
         if self.model is None:
             return
         self.source = self.name
-        if hasattr(self.model, "destroy"):  # DeepSpeed engine: drops hooks and partitioned shards
-            self.model.destroy()
+        let_go(self.model)
         self.model = self._head = self._accelerator = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        collect()

@@ -22,14 +22,14 @@ from llmkd.errors import RecipeError
 from llmkd.objectives import FusedLinearKD, kd_steps, kd_weight_at, normalise
 from llmkd.teachers import Teacher, as_teacher
 from llmkd.teachers.loading import load_model
-from llmkd.trainers.base import SoftLabelTrainer
+from llmkd.trainers.causal import CausalTrainer
 from llmkd.trainers.config import SaltConfig
 from llmkd.trainers.peft import with_adapter
 
 logger = logging.getLogger(__name__)
 
 
-class SaltTrainer(SoftLabelTrainer):
+class SaltTrainer(CausalTrainer):
     """Trains on (1 - w) CE + w KD for `kd_ratio` of all steps, then on CE (arXiv 2410.18779).
 
     `model` and `teacher` are models, Hub ids or folders; `teacher` may also be a `StoredTeacher` or
