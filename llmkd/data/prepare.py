@@ -69,8 +69,7 @@ def prepare_rows(
         held_out = held_out.select(range(min(config.max_eval_rows, len(held_out))))
     if isinstance(documents.train, IterableDataset):
         packed = _pack(_encode(documents.train, tokenizer), config)
-        # numbered as they come, so that stored labels are found
-        train: Dataset | IterableDataset = packed.map(_number, with_indices=True)
+        train: Dataset | IterableDataset = packed.map(number, with_indices=True)
         key, tokens = digest([config.source, settings]), None
     else:
         train, facts = _cached(documents.train, tokenizer, config, settings, say, "train")
@@ -93,31 +92,60 @@ def _cached(
     say: Callable[[str], None],
     what: str,
 ) -> tuple[Dataset, dict[str, Any]]:
-    key = digest([_text_digest(rows), settings])
+    key = digest([text_digest(rows), settings])
+
+    def make() -> tuple[Dataset, dict[str, Any]]:
+        encoded = cast(Dataset, _encode(rows, tokenizer))
+        packed = cast(Dataset, _pack(encoded, config))
+        packed = packed.add_column("row", list(range(len(packed))))
+        # Before anything is cut: bits per byte needs the tokens of all the bytes.
+        tokens = sum(token_counts(encoded))
+        size = sum(len(text.encode("utf-8", "surrogatepass")) for text in rows["text"])
+        return packed, {"tokens": tokens, "bytes": size, "documents": len(rows)}
+
+    return cached_rows(key, make, say, what, "same text, tokenizer and packing")
+
+
+def cached_rows(
+    key: str,
+    make: Callable[[], tuple[Dataset, dict[str, Any]]],
+    say: Callable[[str], None],
+    what: str,
+    why: str,
+) -> tuple[Dataset, dict[str, Any]]:
+    """Rows and facts kept under `key` in the datasets cache, or made and kept there now.
+
+    `key` must name everything that decides the rows. The facts come back with `key` among them.
+    """
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "llmkd" / f"rows-{key}"
     facts = read_json(folder / "llmkd.json")
     if facts is not None:
-        say(f"{what} rows: reused from the cache (same text, tokenizer and packing, key {key})")
+        say(f"{what} rows: reused from the cache ({why}, key {key})")
         return Dataset.load_from_disk(str(folder)), facts
-    encoded = cast(Dataset, _encode(rows, tokenizer))
-    packed = cast(Dataset, _pack(encoded, config))
-    packed = packed.add_column("row", list(range(len(packed))))
-    # Before anything is cut: bits per byte needs the tokens of all the bytes.
-    tokens = sum(len(ids) for ids in encoded.with_format("numpy")["input_ids"])
-    size = sum(len(text.encode("utf-8", "surrogatepass")) for text in rows["text"])
-    facts = {"key": key, "tokens": tokens, "bytes": size, "documents": len(rows)}
+    rows, made = make()
+    facts = {"key": key, **made}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as aside:
-        packed.save_to_disk(str(aside))
+        rows.save_to_disk(str(aside))
         write_json(aside / "llmkd.json", facts)
     return Dataset.load_from_disk(str(folder)), facts
 
 
-def _number(row: dict[str, Any], place: int) -> dict[str, int]:
+def number(row: dict[str, Any], place: int) -> dict[str, int]:
+    """Number the rows of a stream as they come, so that what is stored for a row is found."""
     return {"row": place}
 
 
-def _text_digest(rows: Dataset) -> str:
+def token_counts(rows: Dataset) -> list[int]:
+    """Tokens of each row."""
+    # By batches of arrow: a column read row by row costs more than the tokenizer.
+    batches: Any = rows.select_columns(["input_ids"]).with_format("arrow").iter(1000)
+    chunks = (chunk for table in batches for chunk in table["input_ids"].chunks)
+    return [count for chunk in chunks for count in chunk.value_lengths().to_pylist()]
+
+
+def text_digest(rows: Dataset) -> str:
+    """Hash of the texts in order."""
     # Not datasets' own fingerprint: it changes when a file is merely touched.
     return digest_texts(text for batch in rows.iter(1000) for text in cast(Any, batch)["text"])
 

@@ -112,27 +112,59 @@ def _load(
     if name == STDLIB:
         rows = Dataset.from_list(stdlib_documents(config.split_seed))
         return rows.to_iterable_dataset() if streaming else rows
+    rows = read_table(
+        name,
+        split,
+        streaming=streaming,
+        subset=subset or config.dataset_config,
+        revision=revision or config.dataset_revision,
+    )
+    return _text_only(rows, column, name)
+
+
+def read_table(
+    name: str,
+    split: str,
+    *,
+    streaming: bool = False,
+    subset: str | None = None,
+    revision: str | None = None,
+    key: str = "dataset",
+    split_key: str = "eval_split",
+) -> Dataset | IterableDataset:
+    """Rows of a local file or folder, or of a Hub dataset, with all their columns.
+
+    Errors name the recipe's `key` and `split_key`; where these begin with "task_", so do the ways
+    out.
+    Raises MissingFileError for a path that leads nowhere, DataError for what cannot be read.
+    """
     path = Path(name).expanduser()
     if path.exists():
-        rows = _local(path, split, streaming=streaming)
-    elif _looks_like_path(name):
+        return _local(path, split, streaming=streaming, key=key, split_key=split_key)
+    if _looks_like_path(name):
         raise MissingFileError.of(
-            "dataset",
+            key,
             name,
             f"no such file or folder (looked at {path.absolute()})",
             *way_to(name),
             "check the path; relative ones start at the working directory",
             "a Hub dataset is written owner/name",
         )
-    else:
-        rows = _hub(
-            name,
-            subset or config.dataset_config,
-            revision or config.dataset_revision,
-            split,
-            streaming=streaming,
-        )
-    return _text_only(rows, column, name)
+    return _hub(name, subset, revision, split, streaming=streaming, key=key)
+
+
+def _ways_to_split(split_key: str) -> tuple[str, ...]:
+    prefix = _prefix(split_key)
+    if split_key.endswith("train_split"):
+        return (f"leave {split_key} out: a file, or a folder of one split, is read whole",)
+    return (
+        f"name held-out text: --{prefix}eval_dataset",
+        f"leave {prefix}eval_split out: {prefix}eval_fraction is split off",
+    )
+
+
+def _prefix(key: str) -> str:
+    return "task_" if key.startswith("task_") else ""
 
 
 def _looks_like_path(name: str) -> bool:
@@ -141,32 +173,33 @@ def _looks_like_path(name: str) -> bool:
     return bool(suffixes) or means_path(name)
 
 
-def _local(path: Path, split: str, *, streaming: bool) -> Dataset | IterableDataset:
+def _local(
+    path: Path, split: str, *, streaming: bool, key: str, split_key: str
+) -> Dataset | IterableDataset:
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     named = [p for p in files if p.name.startswith(split)]
     if split != "train" or (named and len(named) < len(files)):
         if not named or not path.is_dir():
             raise DataError.of(
-                "eval_split",
+                split_key,
                 split,
                 f"{path} has no file whose name begins with {split!r}",
-                "name held-out text: --eval_dataset",
-                "leave eval_split out: eval_fraction is split off",
+                *_ways_to_split(split_key),
             )
         files = named
     kinds = {_kind(file): file for file in files if _kind(file)}
     if not kinds:
         raise DataError.of(
-            "dataset", str(path), "no file llmkd can read", f"endings: {', '.join(sorted(LOADERS))}"
+            key, str(path), "no file llmkd can read", f"endings: {', '.join(sorted(LOADERS))}"
         )
     if len(kinds) > 1:
         names = ", ".join(str(file.name) for file in kinds.values())
-        raise DataError.of("dataset", str(path), f"files of several kinds in one folder: {names}")
+        raise DataError.of(key, str(path), f"files of several kinds in one folder: {names}")
     kind = next(iter(kinds))
     readable = [file for file in files if _kind(file)]
     if kind == "text":
         rows = Dataset.from_list(
-            [row for file in readable for row in _paragraph_documents(file)]
+            [row for file in readable for row in _paragraph_documents(file, key)]
             or [{"text": "", "id": ""}]
         )
         return rows.to_iterable_dataset() if streaming else rows
@@ -176,7 +209,7 @@ def _local(path: Path, split: str, *, streaming: bool) -> Dataset | IterableData
         return load_dataset(str(kind), streaming=streaming, **options)
     except Exception as error:
         raise DataError.of(
-            "dataset", str(path), f"cannot be read as {kind}: {_last_line(error)}"
+            key, str(path), f"cannot be read as {kind}: {_last_line(error)}"
         ) from error
 
 
@@ -185,7 +218,7 @@ def _kind(file: Path) -> str | None:
     return LOADERS.get(suffix)
 
 
-def _paragraph_documents(file: Path) -> list[dict[str, str]]:
+def _paragraph_documents(file: Path, key: str) -> list[dict[str, str]]:
     """Documents of a plain text file: its paragraphs (blank lines between), joined up to about
     8,000 characters, so that one long book can be split into train and held-out parts."""
     opener = gzip.open if file.suffix == ".gz" else open
@@ -193,7 +226,7 @@ def _paragraph_documents(file: Path) -> list[dict[str, str]]:
         with opener(file, "rt", encoding="utf-8") as handle:
             blocks = handle.read().split("\n\n")
     except (UnicodeDecodeError, OSError) as error:
-        raise DataError.of("dataset", str(file), f"is not UTF-8 text: {error}") from error
+        raise DataError.of(key, str(file), f"is not UTF-8 text: {error}") from error
     rows: list[dict[str, str]] = []
     pending: list[str] = []
     size = 0
@@ -210,19 +243,21 @@ def _paragraph_documents(file: Path) -> list[dict[str, str]]:
 
 
 def _hub(
-    name: str, subset: str | None, revision: str | None, split: str, *, streaming: bool
+    name: str, subset: str | None, revision: str | None, split: str, *, streaming: bool, key: str
 ) -> Dataset | IterableDataset:
     try:
         return load_dataset(name, subset, revision=revision, split=split, streaming=streaming)
     except Exception as error:
         raise DataError.of(
-            "dataset",
+            key,
             name,
             f"the Hub dataset (config {subset!r}, split {split!r}) cannot be loaded: "
             f"{_last_line(error)}",
             "check id, config and split on the Hub; a gated one needs `hf auth login`",
             "a local path starts with ./ or ends in .jsonl, .parquet, .txt or .csv",
-            "without network: --dataset stdlib",
+            "without network: a local file"
+            if _prefix(key)
+            else "without network: --dataset stdlib",
         ) from error
 
 

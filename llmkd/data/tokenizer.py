@@ -52,9 +52,16 @@ def _windows(texts: Iterable[str], size: int = 1 << 16) -> Iterator[str]:
 
 
 def load_tokenizer(
-    name: str, revision: str | None = None, *, key: str = "tokenizer_name_or_path"
+    name: str,
+    revision: str | None = None,
+    *,
+    key: str = "tokenizer_name_or_path",
+    needs_end: bool = True,
 ) -> PreTrainedTokenizerBase:
-    """`AutoTokenizer` with remote code off; RecipeError names `key` where it fails."""
+    """`AutoTokenizer` with remote code off; RecipeError names `key` where it fails.
+
+    `needs_end=False` takes tokenizers without an end-of-text token: encoders have none.
+    """
     check_place(key, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -67,7 +74,7 @@ def load_tokenizer(
             "check the id or folder; without network only local folders work",
             "name a tokenizer: --tokenizer_name_or_path",
         ) from error
-    if tokenizer.eos_token_id is None:
+    if needs_end and tokenizer.eos_token_id is None:
         raise RecipeError.of(key, name, "has no end-of-text token, which ends every document")
     return tokenizer
 
