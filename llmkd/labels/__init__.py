@@ -1,7 +1,9 @@
-"""Soft labels as data: four encodings and the verified store they are kept in."""
+"""Soft labels as data: five encodings and the verified store they are kept in."""
 
 from llmkd.labels.base import Columns, Encoding, Layout
 from llmkd.labels.checks import check_matches, describe, verify_checksums
+from llmkd.labels.classes import class_plan, write_class_store
+from llmkd.labels.dense import Dense
 from llmkd.labels.digests import positions_of, row_digest
 from llmkd.labels.encodings import (
     DEFAULT_TAIL,
@@ -23,6 +25,7 @@ __all__ = [
     "ENCODINGS",
     "AnyEncoding",
     "Columns",
+    "Dense",
     "Encoding",
     "Hidden",
     "Layout",
@@ -35,6 +38,7 @@ __all__ = [
     "TopK",
     "check_folder",
     "check_matches",
+    "class_plan",
     "describe",
     "encoding_from",
     "fit_lowrank",
@@ -42,4 +46,5 @@ __all__ = [
     "positions_of",
     "row_digest",
     "verify_checksums",
+    "write_class_store",
 ]

@@ -28,7 +28,8 @@ GPU_CHUNK = 1 << 26  # 256 MB
 
 
 class Encoding(Protocol):
-    """One way to write down a teacher's answer; `topk`, `sampled`, `hidden`, `lowrank`.
+    """One way to write down a teacher's answer; `topk`, `sampled`, `hidden`,
+    `lowrank`, `dense`.
 
     `needs` says what `reduce` eats: `logits` [T, >= shared] or `hidden` [T, H]. `temperature` is
     None where the label serves every temperature. `columns` maps each column to its numpy dtype.

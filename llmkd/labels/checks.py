@@ -10,10 +10,13 @@ import numpy as np
 
 from llmkd.errors import DataError, LlmkdError
 from llmkd.files import read_json
+from llmkd.labels.dense import answer_unit
 from llmkd.labels.heads import NAME as HEAD
 from llmkd.labels.manifest import is_intact, read_manifest, settings_key
 from llmkd.labels.shards import Shard, file_sha256
 from llmkd.labels.store import Store
+
+MANY_NAMES = 12  # of more classes only the first are shown
 
 
 def check_matches(
@@ -27,15 +30,17 @@ def check_matches(
     teacher_temperature: float,
     vocab: int | None = None,
     teacher: Mapping[str, Any] | None = None,
+    also: Sequence[str] = (),
 ) -> None:
     """Raise one DataError listing everything in which `store` is not made for this run.
 
     `vocab` is how many leading entries the student's head has; `teacher` what the run says of its
     teacher (id, revision, fingerprint, dtype, ...): what is None is not compared, and where both
     sides have a fingerprint, id and revision do not matter. `teacher_temperature` matters to `topk`
-    and `sampled`, whose labels were made at one. Call it before step one.
+    and `sampled`, whose labels were made at one. `also` are lines of what the caller found itself.
+    Call it before step one.
     """
-    manifest, lines = store.manifest, list[str]()
+    manifest, lines = store.manifest, list(also)
 
     def compare(name: str, stored: object, run: object) -> None:
         if stored != run:
@@ -151,17 +156,25 @@ def _shard_problems(
     return problems
 
 
+def _short(value: Any) -> str:
+    """A fact in one line: of many class names the first."""
+    if isinstance(value, list) and len(value) > MANY_NAMES:
+        return f"{', '.join(map(str, value[:MANY_NAMES]))}, ... ({len(value)})"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def describe(store: Store) -> list[tuple[str, str]]:
     """What `llmkd label info` prints: (what, value) lines."""
     manifest, tokens = store.manifest, max(store.manifest["tokens"], 1)
     rows, temperature = manifest["rows"], store.encoding.temperature
+    unit = answer_unit(manifest["encoding"])
     lines = [
         ("folder", str(store.folder)),
         ("encoding", ", ".join(f"{k} {v}" for k, v in manifest["encoding"].items())),
         ("temperature", "any" if temperature is None else f"{temperature:g}"),
         ("tail", manifest["tail"] or "-"),
         *(
-            (f"teacher {name}", str(value))
+            (f"teacher {name}", _short(value))
             for name, value in manifest["teacher"].items()
             if value is not None
         ),
@@ -170,10 +183,10 @@ def describe(store: Store) -> list[tuple[str, str]]:
         ("data", manifest["data"]),
         ("packing", f"{manifest['packing'] or 'none'}, max_length {manifest['max_length']:,}"),
         ("rows", f"{rows['count']:,} of {rows['of']:,} ({rows['which']})"),
-        ("tokens", f"{manifest['tokens']:,}"),
+        (f"{unit}s", f"{manifest['tokens']:,}"),
         ("shards", f"{len(manifest['shards']):,}"),
         ("bytes", f"{manifest['bytes']:,}"),
-        ("bytes a token", f"{manifest['bytes'] / tokens:.2f}"),
+        (f"bytes a {unit}", f"{manifest['bytes'] / tokens:.2f}"),
     ]
     sizes: dict[str, int] = {}
     for shard in store.shards:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field, fields
 
 from llmkd.errors import RecipeError
+from llmkd.labels.dense import MOST_CLASSES
 from llmkd.labels.encodings import AnyEncoding, make_encoding
 from llmkd.types import TAILS
 
@@ -35,7 +36,8 @@ class LabelConfig:
         default="sampled",
         metadata={
             "help": "What is written: sampled (draws, unbiased, fewest bytes), topk, hidden (final "
-            "hidden states: the whole distribution), lowrank (a projection of them)."
+            "hidden states: the whole distribution), lowrank (a projection of them), dense (every "
+            "logit: heads of at most 4,096 classes)."
         },
     )
     label_draws: int = field(default=50, metadata={"help": "Draws a token of sampled, 1 to 255."})
@@ -50,9 +52,12 @@ class LabelConfig:
     label_value_bits: int = field(
         default=16, metadata={"help": "Bits of a log-probability of topk, 16 or 8."}
     )
-    label_dtype: str = field(
-        default="int8",
-        metadata={"help": "Numbers of hidden and lowrank: int8, bfloat16, float32 (hidden only)."},
+    label_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Numbers of hidden and lowrank: int8 (default), bfloat16, float32 (hidden "
+            "only); of dense: float32 (default), float16."
+        },
     )
     label_rank: int = field(default=64, metadata={"help": "Numbers a token of lowrank."})
     label_rows: str = field(
@@ -86,7 +91,8 @@ class LabelConfig:
             if getattr(self, f"label_{key}") < 1:
                 raise RecipeError.of(f"label_{key}", getattr(self, f"label_{key}"), "at least 1")
         # each encoding knows its own limits; those of a teacher come when there is one
-        self.encoding(shared=sys.maxsize, width=sys.maxsize)
+        shared = MOST_CLASSES if self.label_encoding == "dense" else sys.maxsize
+        self.encoding(shared=shared, width=sys.maxsize)
 
     def encoding(self, *, shared: int, width: int, temperature: float = 1.0) -> AnyEncoding:
         """The encoding named, for a teacher of that shared vocabulary and hidden size; RecipeError

@@ -1,4 +1,4 @@
-"""The four ways to write down a teacher's answer, by name.
+"""The five ways to write down a teacher's answer, by name.
 
 | name | stored for a token | unbiased | serves every temperature |
 |---|---|---|---|
@@ -6,6 +6,7 @@
 | `sampled` | the ids of N draws and their counts | yes | no |
 | `hidden` | the final hidden state; the head once for the store | exact to rounding | yes |
 | `lowrank` | r coefficients of it; a narrower head once for the store | no | yes |
+| `dense` | every logit (or, of a sequence classifier, once for the row) | exact | yes |
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from llmkd.errors import RecipeError
+from llmkd.labels.dense import Dense, DenseDtype, Per
 from llmkd.labels.hidden import Hidden, HiddenDtype, LowRank
 from llmkd.labels.sampled import Sampled, Sampling
 from llmkd.labels.topk import TopK
 from llmkd.types import Tail
 
-AnyEncoding: TypeAlias = TopK | Sampled | Hidden | LowRank
+AnyEncoding: TypeAlias = TopK | Sampled | Hidden | LowRank | Dense
 ENCODINGS: dict[str, type[AnyEncoding]] = {
     "topk": TopK,
     "sampled": Sampled,
     "hidden": Hidden,
     "lowrank": LowRank,
+    "dense": Dense,
 }
 # What the unlisted mass means unless the reader says otherwise: with draws nothing is unlisted.
 DEFAULT_TAIL: dict[str, Tail | None] = {
@@ -33,6 +36,7 @@ DEFAULT_TAIL: dict[str, Tail | None] = {
     "sampled": "renorm",
     "hidden": None,
     "lowrank": None,
+    "dense": None,
 }
 
 
@@ -47,13 +51,15 @@ def make_encoding(
     value_bits: int = 16,
     draws: int = 50,
     sampling: Sampling = "systematic",
-    dtype: HiddenDtype = "int8",
+    dtype: HiddenDtype | DenseDtype | None = None,
     rank: int = 64,
+    per: Per = "token",
 ) -> AnyEncoding:
     """The encoding `name` with those settings it has; `width` is H, needed by `hidden`.
 
-    A `lowrank` made here can decode; to encode take `LowRankFit.codec`. Raises RecipeError for an
-    unknown name and for settings out of range, naming the recipe's key (label_k, ...).
+    `dtype` None is int8 for `hidden` and `lowrank`, float32 for `dense`. A `lowrank` made here can
+    decode; to encode take `LowRankFit.codec`. Raises RecipeError for an unknown name and for
+    settings out of range, naming the recipe's key (label_k, ...).
     """
     if name == "topk":
         return TopK(k, shared, temperature, value_bits)
@@ -62,9 +68,11 @@ def make_encoding(
     if name == "hidden":
         if width is None:
             raise ValueError("hidden labels need the teacher's hidden size")
-        return Hidden(width, shared, dtype)
+        return Hidden(width, shared, dtype or "int8")  # pyright: ignore[reportArgumentType]
     if name == "lowrank":
-        return LowRank(rank, shared, dtype)
+        return LowRank(rank, shared, dtype or "int8")  # pyright: ignore[reportArgumentType]
+    if name == "dense":
+        return Dense(shared, dtype or "float32", per)  # pyright: ignore[reportArgumentType]
     near = difflib.get_close_matches(name, ENCODINGS, n=1)
     hint = [f"did you mean {near[0]!r}?"] if near else []
     raise RecipeError.of("label_encoding", name, f"known: {', '.join(ENCODINGS)}", *hint)

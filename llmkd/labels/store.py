@@ -12,13 +12,14 @@ from datasets import Dataset, concatenate_datasets
 
 from llmkd.errors import DataError, LlmkdError, MissingFileError
 from llmkd.labels.base import Columns, Layout
+from llmkd.labels.dense import Dense
 from llmkd.labels.digests import row_digest
 from llmkd.labels.encodings import AnyEncoding, encoding_from
 from llmkd.labels.heads import read_head
 from llmkd.labels.hidden import Hidden, LowRank, wider_head
 from llmkd.labels.manifest import NAME, read_manifest
 from llmkd.labels.shards import Shard, damaged
-from llmkd.types import Head, HiddenTarget, SparseTarget, Tail
+from llmkd.types import DenseLogits, Head, HiddenTarget, SparseTarget, Tail
 
 
 class Store:
@@ -95,12 +96,13 @@ class Store:
         starts: Sequence[int] | None = None,
         tail: Tail | None = None,
         head: Head | None = None,
-    ) -> SparseTarget | HiddenTarget:
+    ) -> SparseTarget | HiddenTarget | DenseLogits:
         """The labels of a batch of rows, on the CPU, padded to [B, width].
 
         Row b's first token stands at place `starts[b]` (0: padded on the right). What stands at
         place t is the teacher's distribution of the token *after* t, as the logits of a causal
-        model there: nothing is shifted. Padding has probability (or hidden state) 0 throughout.
+        model there: nothing is shifted. Padding has probability (hidden state, logit) 0 throughout.
+        Where a row has one label for all of its tokens (`dense` with per="row") width 1 fits.
         `tail` replaces the store's way of reading the unlisted mass; `head` its head (the same
         one, moved to a device). DataError for a row that is not stored, does not fit or is damaged.
         """
@@ -113,6 +115,9 @@ class Store:
                 assert head is not None
                 hidden_BTH = self.encoding.decode(found, layout).to(head.weight.dtype)
                 return HiddenTarget(hidden_BTH, head, self.encoding.shared)
+            if isinstance(self.encoding, Dense):
+                logits_BTC = self.encoding.decode(found, layout)
+                return DenseLogits(logits_BTC, self.encoding.shared)
             ids_BTK, probs_BTK = self.encoding.decode(found, layout)
         except ValueError as error:
             raise damaged(self.folder / "data", f"rows {numbers}: {error}") from error
@@ -130,7 +135,7 @@ class Store:
         return shard.columns(place)
 
     def length(self, row: int) -> int:
-        """Tokens of row number `row`."""
+        """Labels of row number `row`: its tokens, or 1 where a row has one label."""
         shard, place = self._find(row)
         return int(shard.lengths[place])
 
@@ -141,22 +146,27 @@ class Store:
         position_ids: Any = None,
         *,
         starts: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         """Compare a batch's tokens [B, T] with those the labels were made for.
 
-        `position_ids` [B, T] say where documents begin (without: one document a row). Raises
-        DataError naming the first row that differs and both digests.
+        `position_ids` [B, T] say where documents begin (without: one document a row). `lengths`
+        are the rows' real tokens: without, as many as there are labels, or, where a row has one
+        label, all from its start on. Raises DataError naming the first row that differs and both
+        digests.
         """
+        per_row = isinstance(self.encoding, Dense) and self.encoding.per == "row"
         ids_BT = np.asarray(input_ids)
         positions_BT = None if position_ids is None else np.asarray(position_ids)
         for b, row in enumerate(rows):
             shard, place = self._find(int(row))
             first = 0 if starts is None else int(starts[b])
-            at = slice(first, first + int(shard.lengths[place]))
+            labels = ids_BT.shape[1] - first if per_row else int(shard.lengths[place])
+            tokens = labels if lengths is None else int(lengths[b])
+            at = slice(first, first + tokens)
             positions = None if positions_BT is None else positions_BT[b, at]
-            self._compare(
-                int(row), shard.tokens(place), int(shard.lengths[place]), ids_BT[b, at], positions
-            )
+            wanted = tokens if per_row else labels
+            self._compare(int(row), shard.tokens(place), wanted, ids_BT[b, at], positions)
             # right behind the row padding begins, a document of its own
             behind = None if positions_BT is None or starts else positions_BT[b, at.stop :]
             if behind is not None and len(behind) and behind[0] != 0:

@@ -94,15 +94,19 @@ def new_model(config: PretrainedConfig, *, seed: int, attn: str | None = None) -
     return AutoModelForCausalLM.from_config(config, **options)
 
 
-def check_window(config: PretrainedConfig, max_length: int, key: str) -> None:
-    """RecipeError where rows of `max_length` tokens do not fit the model's positions."""
+def check_window(
+    config: PretrainedConfig, max_length: int, key: str, setting: str = "max_length"
+) -> None:
+    """RecipeError where rows of `max_length` tokens (the recipe's key `setting`) do not fit the
+    positions of the model that `key` names.
+    """
     window = getattr(config, "max_position_embeddings", None)
     if window is not None and max_length > window:
         raise RecipeError.of(
-            "max_length",
+            setting,
             max_length,
             f"is longer than the window of {window} tokens of {key}",
-            f"--max_length {window}",
+            f"--{setting} {window}",
             f"a new model: set max_position_embeddings to {max_length}",
         )
 

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from huggingface_hub import try_to_load_from_cache
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from llmkd.data.places import check_place, way_to
 from llmkd.errors import LlmkdError, RecipeError, TeacherError
 from llmkd.files import digest
+
+TASK_HEADS = ("sequence", "token")
+AUTO: dict[str, Any] = {
+    "causal": AutoModelForCausalLM,
+    "none": AutoModel,
+    "sequence": AutoModelForSequenceClassification,
+    "token": AutoModelForTokenClassification,
+}
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def load_model(
@@ -24,26 +43,45 @@ def load_model(
     attn: str | None = None,
     key: str = "model_name_or_path",
     quantization: Any = None,
+    head: str = "causal",
 ) -> PreTrainedModel:
-    """`AutoModelForCausalLM` with safetensors only and remote code off.
+    """A model with safetensors only and remote code off; `head` says which: causal, none (the body
+    alone), sequence or token (classification).
 
-    Raises RecipeError that names `key` where the model cannot be loaded.
+    Raises RecipeError that names `key` where the model cannot be loaded, TeacherError where a
+    classification head is asked for that the folder does not hold.
     """
     check_place(key, name)
     options: dict[str, Any] = {"attn_implementation": attn} if attn else {}
     if quantization is not None:
         options["quantization_config"] = quantization
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, found = AUTO[head].from_pretrained(
             name,
             revision=revision,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
             **options,
         )
     except (OSError, ValueError) as error:
         raise _not_loaded(key, name, error) from error
+    if head in TASK_HEADS:
+        _require_head(key, name, found["missing_keys"])
+    return model
+
+
+def _require_head(key: str, name: str, missing: Iterable[str]) -> None:
+    # Upstream would make up the weights that are not there and only warn.
+    if missing := sorted(missing):
+        raise TeacherError.of(
+            key,
+            name,
+            f"has no head for the task: {missing[0]} is not among its weights",
+            "name a model that was fine-tuned on the task",
+            "leave it out: the recipe then fine-tunes teacher_model_name_or_path itself",
+        )
 
 
 def load_config(name: str, revision: str | None, key: str) -> PretrainedConfig:
@@ -78,6 +116,27 @@ def whole_weights() -> Iterator[None]:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
+def commit_of(name: str, revision: str | None = None) -> str | None:
+    """The commit of a Hub model as it lies in the Hub's cache, so call it after `load_config`.
+
+    `revision` is a branch (None: main), tag or commit. None for a local folder and for what was
+    never fetched. Asks nobody, so it works offline. transformers 5.20 wrote the commit into the
+    config, later versions do not.
+    """
+    if Path(name).is_dir():
+        return None
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # no id of a repository
+        return None
+    if not isinstance(found, str):  # not there, or known not to be there
+        return None
+    commit = Path(found).parent.name  # .../snapshots/<commit>/config.json
+    return commit if COMMIT.fullmatch(commit) else None
 
 
 def model_fingerprint(source: str | None, commit: str | None) -> str | None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset
@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from llmkd.data.places import means_path, way_to
 from llmkd.data.tokenizer import tokenizer_digest
 from llmkd.errors import DataError, MissingFileError, TeacherError
-from llmkd.labels import Store, positions_of
-from llmkd.types import Head, HiddenTarget, SparseTarget, Tail
+from llmkd.labels import Dense, Store, positions_of
+from llmkd.types import DenseLogits, Head, HiddenTarget, SparseTarget, Tail
 
 logger = logging.getLogger(__name__)
+Stored: TypeAlias = SparseTarget | HiddenTarget | DenseLogits
 CHECKED_AHEAD = 256  # rows of a dataset compared before step one; every batch is compared anyway
 
 
@@ -66,7 +67,14 @@ class StoredTeacher:
         """TeacherError where the labels speak of tokens that the student does not have or that
         another tokenizer made.
         """
-        manifest = self.open().manifest
+        manifest, encoding = self.open().manifest, self.open().encoding
+        if isinstance(encoding, Dense) and encoding.per == "row":
+            raise TeacherError.of(
+                "label_store",
+                self.name,
+                "holds one answer a row, of a classifier; a language model learns from one a token",
+                "name a store that a language model's teacher filled",
+            )
         if manifest["shared"] > student_vocab:
             raise TeacherError.of(
                 "label_store",
@@ -116,7 +124,7 @@ class StoredTeacher:
             bias = None if head.bias is None else head.bias.to(accelerator.device)
             self._head = replace(head, weight=head.weight.to(accelerator.device), bias=bias)
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> SparseTarget | HiddenTarget:
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Stored:
         """The stored labels of a batch with `input_ids` [B, T] and `rows` [B], on its device."""
         ids_BT, rows_B = inputs["input_ids"], inputs.get("rows")
         if rows_B is None:
@@ -193,7 +201,9 @@ def store_folder(source: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def _to(target: SparseTarget | HiddenTarget, device: torch.device) -> SparseTarget | HiddenTarget:
+def _to(target: Stored, device: torch.device) -> Stored:
+    if isinstance(target, DenseLogits):
+        return replace(target, logits_BTV=target.logits_BTV.to(device, non_blocking=True))
     if isinstance(target, HiddenTarget):
         return replace(target, hidden_BTH=target.hidden_BTH.to(device, non_blocking=True))
     ids = target.ids_BTK.to(device, non_blocking=True)

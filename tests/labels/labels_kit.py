@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llmkd.labels import Sampled, StorePlan, StoreWriter, row_digest
+from llmkd.labels import Dense, Sampled, StorePlan, StoreWriter, TopK, row_digest
 
 VOCAB = 300
 LENGTHS = (7, 5, 9, 4, 8, 6, 3)
+PLAIN = (Sampled(20, VOCAB), TopK(5, VOCAB), Dense(VOCAB))  # encodings that need no head
 
 
 def zipf_logits(tokens: int, vocab: int, seed: int = 0) -> torch.Tensor:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from labels_kit import zipf_logits
 
 from llmkd.errors import NonFiniteError, RecipeError
-from llmkd.labels import Layout, Sampled, TopK, encoding_from, make_encoding
+from llmkd.labels import Dense, Layout, Sampled, TopK, encoding_from, make_encoding
 
 
 def dense(ids, probs, vocab):
@@ -146,6 +146,7 @@ def test_a_row_does_not_depend_on_pieces_or_company():
         Sampled(30, 4000, seed=9),
         Sampled(30, 4000, sampling="multinomial"),
         TopK(20, 4000),
+        Dense(4000),
     ):
         whole = encoding.encode(logits, row=7)
         pieces = [
@@ -183,7 +184,7 @@ def test_rows_of_a_batch_lie_where_they_should(encoding):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("encoding", [Sampled(5, 90), TopK(5, 90)])
+@pytest.mark.parametrize("encoding", [Sampled(5, 90), TopK(5, 90), Dense(90)])
 def test_a_teacher_without_numbers(encoding, value):
     logits = zipf_logits(6, 90)
     logits[4, 17] = value
@@ -223,6 +224,7 @@ def test_settings_make_the_encoding_again():
         Sampled(9, 99, 0.5, "multinomial", 3),
         make_encoding("hidden", shared=99, width=8, dtype="bfloat16"),
         make_encoding("lowrank", shared=99, rank=3),
+        make_encoding("dense", shared=99, dtype="float16", per="row"),
     ):
         again = encoding_from(
             encoding.settings(), shared=99, temperature=encoding.temperature, seed=3
@@ -242,6 +244,7 @@ def test_settings_make_the_encoding_again():
         ({"name": "sampled", "temperature": 0.0}, "teacher_temperature: 0.0"),
         ({"name": "hidden", "dtype": "int4", "width": 8}, "label_dtype: 'int4'"),
         ({"name": "lowrank", "rank": 0}, "label_rank: 0"),
+        ({"name": "dense", "dtype": "int8"}, "label_dtype: 'int8'"),
         ({"name": "topK"}, "did you mean 'topk'"),
     ],
 )

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
-from labels_kit import LENGTHS, VOCAB, plan, tokens_of, values_of, write_store
+from labels_kit import LENGTHS, PLAIN, VOCAB, plan, tokens_of, values_of, write_store
 
 from llmkd.errors import DataError, MissingFileError
 from llmkd.labels import (
+    Dense,
     Hidden,
     LowRank,
     Sampled,
@@ -107,12 +108,16 @@ def test_rows_in_any_order_and_only_some_of_them(tmp_path):
         store.target([2], 9)
 
 
-def test_datasets_reads_it_with_and_without_llmkd(sampled):
-    rows = Store.open(sampled).as_dataset()
+@pytest.mark.parametrize("encoding", [*PLAIN, Dense(VOCAB, "float16")])
+def test_datasets_reads_it_with_and_without_llmkd(tmp_path, encoding):
+    folder = write_store(tmp_path / "s", plan(encoding))
+    rows = Store.open(folder).as_dataset()
     assert rows.num_rows == 7 and rows["row"][:] == list(range(7))
-    assert len(rows[2]["many"]) == LENGTHS[2] and rows[2]["tokens"] == row_digest(tokens_of(2))
-    plain = load_dataset("arrow", data_files=str(sampled / "data/*.arrow"), split="train")
-    card = load_dataset(str(sampled), split="train")
+    assert rows[2]["length"] == LENGTHS[2] and rows[2]["tokens"] == row_digest(tokens_of(2))
+    for name, column in encoding.encode(values_of(2), row=2).items():
+        assert rows[2][name] == column.tolist()
+    plain = load_dataset("arrow", data_files=str(folder / "data/*.arrow"), split="train")
+    card = load_dataset(str(folder), split="train")
     assert plain[:] == card[:] == rows[:]
 
 
@@ -140,8 +145,9 @@ def test_the_digest_knows_tokens_borders_and_order():
     assert len({row_digest(ids, borders), row_digest([5, 6, 7, 9]), *others}) == 5
 
 
-def test_a_batch_is_checked_token_by_token(sampled):
-    store = Store.open(sampled)
+@pytest.mark.parametrize("encoding", PLAIN, ids=lambda encoding: encoding.name)
+def test_a_batch_is_checked_token_by_token(tmp_path, encoding):
+    store = Store.open(write_store(tmp_path / "s", plan(encoding)))
     ids, positions = batch_of([2, 4])
     store.check([2, 4], ids, positions)
     left = torch.roll(ids, 3, 1)

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from labels_kit import VOCAB, plan, shard_rows, values_of, write_store
+from labels_kit import PLAIN, VOCAB, plan, shard_rows, values_of, write_store
 
 from llmkd.errors import DataError, RunFolderError
 from llmkd.labels import (
+    Dense,
     Hidden,
     LowRank,
     Sampled,
@@ -30,6 +31,7 @@ from llmkd.labels import shards as shards_module
 from llmkd.types import Head
 
 HERE = Path(__file__).parent
+encodings = pytest.mark.parametrize("encoding", PLAIN, ids=lambda encoding: encoding.name)
 
 
 def contents(folder):
@@ -40,9 +42,10 @@ def contents(folder):
     }
 
 
-def test_the_same_plan_gives_the_same_bytes(tmp_path):
-    one = contents(write_store(tmp_path / "a", plan()))
-    assert one == contents(write_store(tmp_path / "b", plan()))
+@encodings
+def test_the_same_plan_gives_the_same_bytes(tmp_path, encoding):
+    one = contents(write_store(tmp_path / "a", plan(encoding)))
+    assert one == contents(write_store(tmp_path / "b", plan(encoding)))
     assert set(one) == {
         "README.md",
         "manifest.json",
@@ -50,47 +53,51 @@ def test_the_same_plan_gives_the_same_bytes(tmp_path):
     }
 
 
-def test_an_unfinished_store_says_so_and_goes_on(tmp_path):
-    folder, whole = tmp_path / "s", contents(write_store(tmp_path / "whole", plan()))
-    with StoreWriter(folder, plan()) as writer:
+@encodings
+def test_an_unfinished_store_says_so_and_goes_on(tmp_path, encoding):
+    this = plan(encoding)
+    folder, whole = tmp_path / "s", contents(write_store(tmp_path / "whole", this))
+    with StoreWriter(folder, this) as writer:
         assert writer.missing_shards() == [0, 1, 2, 3] and not writer.done
-        writer.write_shard(2, shard_rows(plan(), 2))
+        writer.write_shard(2, shard_rows(this, 2))
         with pytest.raises(RunFolderError, match=r"not whole: .*shard-00000.arrow.*3 such files"):
             writer.finish()
     with pytest.raises(DataError, match="not finished: 1 of 4 shards"):
         Store.open(folder)
     with pytest.raises(DataError, match="not finished: 1 of 4 shards"):
         verify_checksums(folder)
-    with StoreWriter(folder, plan()) as writer:
+    with StoreWriter(folder, this) as writer:
         assert writer.missing_shards() == [0, 1, 3]
         for number in (3, 0, 1):
-            writer.write_shard(number, shard_rows(plan(), number))
+            writer.write_shard(number, shard_rows(this, number))
         writer.finish()
         assert writer.done and writer.missing_shards() == []
     assert contents(folder) == whole
 
 
-def test_only_shards_that_agree_with_their_json_count(tmp_path):
-    folder = tmp_path / "s"
-    with StoreWriter(folder, plan()) as writer:
+@encodings
+def test_only_shards_that_agree_with_their_json_count(tmp_path, encoding):
+    folder, this = tmp_path / "s", plan(encoding)
+    with StoreWriter(folder, this) as writer:
         for number in range(4):
-            writer.write_shard(number, shard_rows(plan(), number))
+            writer.write_shard(number, shard_rows(this, number))
     flipped = bytearray((folder / "data/shard-00000.arrow").read_bytes())
     flipped[-20] ^= 1
     (folder / "data/shard-00000.arrow").write_bytes(flipped)
     (folder / "data/shard-00001.json").unlink()
     (folder / "data/shard-00002.json").write_text("{")
     os.truncate(folder / "data/shard-00003.arrow", 100)
-    with StoreWriter(folder, plan()) as writer:
+    with StoreWriter(folder, this) as writer:
         assert writer.missing_shards() == [0, 1, 2, 3]
         assert writer.missing_shards(sums=False) == [1, 2, 3]
 
 
-def test_a_deleted_shard_of_a_finished_store_is_made_anew(tmp_path):
-    folder = write_store(tmp_path / "s", plan())
+@encodings
+def test_a_deleted_shard_of_a_finished_store_is_made_anew(tmp_path, encoding):
+    folder = write_store(tmp_path / "s", plan(encoding))
     whole = contents(folder)
     (folder / "data/shard-00001.arrow").unlink()
-    assert contents(write_store(folder, plan())) == whole
+    assert contents(write_store(folder, plan(encoding))) == whole
 
 
 def test_a_shard_holds_its_rows_in_order_and_declared_types(tmp_path):
@@ -155,18 +162,20 @@ def test_kill_9_loses_the_open_shard_only(tmp_path, killable):
     assert contents(write_store(tmp_path / "s", plan())) == whole
 
 
-def test_two_writers_on_one_store(tmp_path):
-    with StoreWriter(tmp_path / "s", plan()):
+@encodings
+def test_two_writers_on_one_store(tmp_path, encoding):
+    this = plan(encoding)
+    with StoreWriter(tmp_path / "s", this):
         with pytest.raises(RunFolderError, match=rf"pid {os.getpid()} on"):
-            StoreWriter(tmp_path / "s", plan()).__enter__()
-        with StoreWriter(tmp_path / "s", plan(), main=False) as helper:  # another rank
-            helper.write_shard(1, shard_rows(plan(), 1))
+            StoreWriter(tmp_path / "s", this).__enter__()
+        with StoreWriter(tmp_path / "s", this, main=False) as helper:  # another rank
+            helper.write_shard(1, shard_rows(this, 1))
             with pytest.raises(ValueError, match="only the main writer"):
                 helper.finish()
-    with StoreWriter(tmp_path / "s", plan()) as writer:  # the lock is free again
+    with StoreWriter(tmp_path / "s", this) as writer:  # the lock is free again
         assert writer.missing_shards() == [0, 2, 3]
     with pytest.raises(ValueError, match="main writer must be open"):
-        StoreWriter(tmp_path / "new", plan(), main=False).__enter__()
+        StoreWriter(tmp_path / "new", this, main=False).__enter__()
 
 
 class FullDisk:
@@ -244,6 +253,7 @@ def test_a_full_disk_at_other_files(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize(
     "settings, words",
     [
+        ({"encoding": Dense(VOCAB)}, r"encoding.name: the store has 'sampled', this run 'dense'"),
         ({"encoding": TopK(5, VOCAB)}, r"encoding.name: the store has 'sampled', this run 'topk'"),
         ({"tokenizer": "tok-2"}, "tokenizer: the store has 'tok-1', this run 'tok-2'"),
         ({"rows": np.arange(5)}, "rows.count: the store has 7, this run 5"),

@@ -62,9 +62,14 @@ def test_a_stored_answer_is_the_live_one_bit_for_bit(tmp_path, rows):
         assert torch.equal(one.head.weight, other.head.weight)
 
 
-@pytest.mark.parametrize("encoding", ["sampled", "topk", "lowrank"])
+@pytest.mark.parametrize("encoding", ["sampled", "topk", "lowrank", "dense"])
 def test_other_encodings_are_near(tmp_path, rows, encoding):
-    settings = {"sampled": {"draws": 255}, "topk": {"k": 39}, "lowrank": {"rank": 8}}[encoding]
+    settings = {
+        "sampled": {"draws": 255},
+        "topk": {"k": 39},
+        "lowrank": {"rank": 8},
+        "dense": {"dtype": "float16"},
+    }[encoding]
     teacher = tiny_llama(7)
     stored = StoredTeacher(store(tmp_path / "s", rows, teacher, encoding, **settings))
     stored.load(Accelerator(cpu=True))
