@@ -34,6 +34,8 @@ class RunFacts:
     benchmarks: list[Benchmark]
     evaluations: list[dict[str, Any]]  # lines of metrics.jsonl with an eval_loss, by step
     others: dict[str, dict[str, Any]]  # the other models of the same recipe -> held-out scores
+    scores: dict[str, Any]  # eval.json
+    above: dict[str, Any]  # eval.json of the recipe, if several models share the folder above
 
     @property
     def name(self) -> str:
@@ -103,6 +105,8 @@ def read_facts(folder: Path) -> RunFacts:
         ),
         evaluations=_evaluations(folder / "metrics.jsonl"),
         others=others,
+        scores=own,
+        above=above,
     )
 
 

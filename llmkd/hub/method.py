@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmkd.errors import HubError
+
 
 @dataclass(frozen=True, slots=True)
 class MethodInfo:
@@ -36,3 +38,35 @@ SALT = MethodInfo(
   year    = {2024}
 }""",
 )
+
+ERNIE_TINY = MethodInfo(
+    name="ernie-tiny",
+    title="ERNIE-Tiny (four-stage progressive distillation)",
+    paper_title=(
+        "ERNIE-Tiny: A Progressive Distillation Framework for Pretrained Transformer Compression"
+    ),
+    arxiv_id="2106.02241",
+    bibtex="""@article{su2021ernietiny,
+  title   = {{ERNIE-Tiny}: A Progressive Distillation Framework for Pretrained Transformer
+             Compression},
+  author  = {Su, Weiyue and Chen, Xuyi and Feng, Shikun and Liu, Jiaxiang and Liu, Weixin and
+             Sun, Yu and Tian, Hao and Wu, Hua and Wang, Haifeng},
+  journal = {arXiv preprint arXiv:2106.02241},
+  year    = {2021}
+}""",
+)
+
+METHODS = {method.name: method for method in (SALT, ERNIE_TINY)}
+
+
+def method_of(kind: object) -> MethodInfo:
+    """The method of a run by run.json's kind; SALT where none stands there.
+
+    Raises HubError for a kind that no method here goes by.
+    """
+    found = SALT if kind is None else METHODS.get(str(kind))
+    if found is None:
+        known = ", ".join(METHODS)
+        problem = f"run.json names a kind of run that has no model card; known: {known}"
+        raise HubError.of("kind", kind, problem, "push it with the llmkd that made it")
+    return found

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from llmkd.errors import HubError, LlmkdError
 from llmkd.files import read_json, write_text
 from llmkd.hub.card import model_card
-from llmkd.hub.method import SALT, MethodInfo
+from llmkd.hub.method import MethodInfo
 from llmkd.hub.secrets import TOKEN_SURELY, hide, holds_token, redact
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ PUSHED_SUFFIXES = frozenset(
 PUSHED_NAMES = frozenset({"metrics.jsonl", "LICENSE", "NOTICE"})
 TRAINING_STATE = ("optimizer", "scheduler", "rng_state", "scaler", "trainer_state", "training_args")
 MODEL_SUBFOLDERS = ("additional_chat_templates", "[0-9]_*")  # the rest are other runs, or caches
+
+PICTURES = ("curves.png", "arms.png")  # of a recipe's models, side by side
 
 # Weights of an earlier push that the loader would prefer to the new ones, or mix with them.
 STALE_WEIGHTS = [
@@ -83,14 +85,15 @@ def push_run(
     private: bool | None = False,
     revision: str | None = None,
     commit_message: str | None = None,
-    method: MethodInfo = SALT,
+    method: MethodInfo | None = None,
 ) -> str:
     """Write the card into `run_folder`, make the repository if need be, upload; the commit's URL.
 
     `private=None` leaves it to the owner's default; a repository that exists stays as it is.
     `revision` is a branch, made if it is not there. The endpoint is HF_ENDPOINT as it is now. Goes
     up: safetensors, tokenizer, configuration, the run's reports. Stays: checkpoints, pickles,
-    optimizer state, caches, folders of other runs. Call it in one process only.
+    optimizer state, caches, folders of other runs. Without a `method` the card names that of
+    run.json's kind. Call it in one process only.
 
     Raises HubError if the folder holds no finished model, if one of its files holds a token, or if
     the Hub refuses or cannot be reached. No token is in its text.
@@ -101,7 +104,7 @@ def push_run(
     secret = find_token(token)
     if not secret:
         raise HubError.of("hub_token", None, NO_TOKEN, *LOGIN)
-    _bring_curves(folder)
+    _bring_pictures(folder)
     _write_card(folder, repo_id, method, revision, secret)
     files = files_to_push(folder)
     _check_no_token(folder, files, secret)
@@ -189,22 +192,32 @@ def _check_no_token(folder: Path, files: list[str], token: str) -> None:
             )
 
 
-def _bring_curves(folder: Path) -> None:
-    """The picture of a recipe with several models lies beside them; a card needs its own copy."""
-    source, target = folder.parent / "curves.png", folder / "curves.png"
-    try:
-        recipe = read_json(folder.parent / "run.json")
-    except ValueError:
+def _bring_pictures(folder: Path) -> None:
+    """Pictures of a recipe with several models lie beside them; a card needs its own copies."""
+    if folder.name not in _arms_beside(folder):
         return
-    arms = recipe.get("arms") if isinstance(recipe, dict) else None
-    if isinstance(arms, list) and folder.name in arms and source.is_file():
-        aside = folder / f".curves.png.{os.getpid()}.part"
-        shutil.copyfile(source, aside)
-        os.replace(aside, target)
+    for name in PICTURES:
+        if (folder.parent / name).is_file():
+            aside = folder / f".{name}.{os.getpid()}.part"
+            shutil.copyfile(folder.parent / name, aside)
+            os.replace(aside, folder / name)
+
+
+def _arms_beside(folder: Path) -> list[str]:
+    """The models of the recipe in the folder above, by run.json or eval.json there."""
+    names: list[str] = []
+    for file in ("run.json", "eval.json"):
+        try:
+            above = read_json(folder.parent / file)
+        except ValueError:
+            continue
+        arms = above.get("arms") if isinstance(above, dict) else None
+        names += arms if isinstance(arms, (list, dict)) else []
+    return names
 
 
 def _write_card(
-    folder: Path, repo_id: str, method: MethodInfo, revision: str | None, token: str
+    folder: Path, repo_id: str, method: MethodInfo | None, revision: str | None, token: str
 ) -> None:
     card = model_card(folder, repo_id=repo_id, method=method, revision=revision)
     write_text(folder / "README.md", hide(card, token))
