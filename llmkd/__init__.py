@@ -6,11 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmkd.trainers import LatentDistillConfig as LatentDistillConfig
+    from llmkd.trainers import LatentDistillTrainer as LatentDistillTrainer
     from llmkd.trainers import SaltConfig as SaltConfig
     from llmkd.trainers import SaltTrainer as SaltTrainer
 
 __version__ = "0.1.0"
-__all__ = ["SaltConfig", "SaltTrainer"]
+__all__ = ["LatentDistillConfig", "LatentDistillTrainer", "SaltConfig", "SaltTrainer"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,12 +6,16 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
 
 from llmkd import __version__
 from llmkd.errors import LlmkdError
 
 VERBS = {
     "salt": "pretrain a model with a small model's soft labels (SALT), arm by arm",
+    "ernie-tiny": "compress an encoder in four stages (ERNIE-Tiny): general to task-specific",
     "label": "run a teacher over a dataset once and keep its soft labels; verify, info, push",
     "select": "score the rows of a recipe by a selection and draw the histogram",
     "resume": "go on with an interrupted run, knowing only its folder",
@@ -20,13 +24,19 @@ VERBS = {
     "push": "push a finished run folder to the Hub, with its card",
 }
 
+# Verb of a method: its module, which has `main`, `TYPES` and `check_recipe`.
+METHODS = {"salt": "llmkd.methods.salt", "ernie-tiny": "llmkd.methods.ernie_tiny"}
+# The module that labels for a method's recipe: `main` and `TYPES` again.
+LABELLERS = {"salt": "llmkd.methods.label", "ernie-tiny": "llmkd.methods.ernie_label"}
+
 LABEL_VERBS = {
     "info": "print what a label store holds",
     "verify": "read every checksum of a label store and label a sample of its rows again",
     "push": "push a label store to the Hub as a dataset with its card",
 }
 LABEL_USE = (
-    "\n\n`llmkd label RECIPE --label_store FOLDER` takes the recipe that will train on them.\n"
+    "\n\n`llmkd label RECIPE --label_store FOLDER` takes the recipe that will train on them, of\n"
+    "salt or of ernie-tiny, whichever has its keys; `llmkd label RECIPE --help` lists these.\n"
     + "\n".join(f"`llmkd label {name} STORE`: {about}." for name, about in LABEL_VERBS.items())
 )
 
@@ -63,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  llmkd {verb:<8} {text}" for verb, text in VERBS.items()]
+    lines = [f"  llmkd {verb:<10} {text}" for verb, text in VERBS.items()]
     return (
         "usage: llmkd VERB ...\n\nDistillation and alignment on soft labels.\n\n"
         + "\n".join(lines)
@@ -80,7 +90,7 @@ def _recipes() -> list[str]:
 
 def _run(verb: str, words: list[str]) -> int:
     handlers: dict[str, Callable[[list[str]], int]] = {
-        "salt": _salt,
+        **{name: partial(_method, name) for name in METHODS},
         "label": _label,
         "select": _select,
         "resume": _resume,
@@ -90,7 +100,7 @@ def _run(verb: str, words: list[str]) -> int:
     }
     stores = verb == "label" and words[:1] and words[0] in LABEL_VERBS
     if (
-        verb in ("salt", "label", "select", "resume")
+        verb in (*METHODS, "label", "select", "resume")
         and not stores
         and not {"-h", "--help", "--help_all"} & set(words)
     ):
@@ -102,19 +112,19 @@ def _run(verb: str, words: list[str]) -> int:
 
             if config is not None:
                 config = str(config_path(config))
-            if verb in ("salt", "select"):
-                _check_before_launch(words)
+            if verb in (*METHODS, "select"):
+                _check_before_launch(METHODS.get(verb, METHODS["salt"]), words)
             return relaunch(verb, words, config, processes)
     return handlers[verb](words)
 
 
-def _check_before_launch(words: list[str]) -> None:
+def _check_before_launch(module: str, words: list[str]) -> None:
     # A mistake in the recipe is one error here; in the ranks it would be one a rank and a traceback
     # of the launcher.
     from llmkd.methods.recipe import read_recipe
-    from llmkd.methods.salt_config import TYPES, check_recipe
 
-    check_recipe(read_recipe(words, TYPES))
+    method = import_module(module)
+    method.check_recipe(read_recipe(words, method.TYPES))
 
 
 def _quiet_libraries() -> None:
@@ -132,14 +142,12 @@ def _quiet_libraries() -> None:
     logging.disable_progress_bar()  # "Writing model shards" and the like; training keeps its bar
 
 
-def _salt(words: list[str]) -> int:
+def _method(verb: str, words: list[str]) -> int:
     _quiet_libraries()
-    from llmkd.methods import salt
-    from llmkd.methods.salt_config import TYPES
-
-    if _wants_help("salt", VERBS["salt"], TYPES, words):
+    method = import_module(METHODS[verb])
+    if _wants_help(verb, VERBS[verb], method.TYPES, words):
         return 0
-    salt.main(words)
+    method.main(words)
     return 0
 
 
@@ -157,14 +165,15 @@ def _select(words: list[str]) -> int:
 
 def _label(words: list[str]) -> int:
     _quiet_libraries()
-    from llmkd.methods import label
-    from llmkd.methods.salt_config import TYPES
-
     if words[:1] and words[0] in LABEL_VERBS:
         return _label_store(words[0], words[1:])
-    if _wants_help("label", VERBS["label"] + LABEL_USE, TYPES, words):
+    from llmkd.methods.recipe import method_of
+
+    labellers = {method: import_module(name) for method, name in LABELLERS.items()}
+    chosen = labellers[method_of(words, {name: one.TYPES for name, one in labellers.items()})]
+    if _wants_help("label", VERBS["label"] + LABEL_USE, chosen.TYPES, words):
         return 0
-    label.main(words)
+    chosen.main(words)
     return 0
 
 
@@ -209,9 +218,10 @@ def _resume(words: list[str]) -> int:
     parser.add_argument("folder", help="run folder (holds recipe.yaml), or one arm of it")
     args = parser.parse_args(words)
     _quiet_libraries()
-    from llmkd.methods.salt import resume
+    from llmkd.methods.run_folder import recipe_to_resume
 
-    resume(args.folder)
+    kind, words = recipe_to_resume(args.folder)
+    import_module(METHODS[kind]).main(words)
     return 0
 
 
@@ -228,17 +238,20 @@ def _eval(words: list[str]) -> int:
 
 
 def _remake_report(folder: str) -> None:
-    from pathlib import Path
-
     if (Path(folder) / "run.json").is_file() and (Path(folder) / "report.html").is_file():
-        from llmkd.evaluation.report import write_report
+        _write_report(Path(folder))
 
-        write_report(Path(folder))
+
+def _write_report(folder: Path) -> Path:
+    from llmkd.evaluation.distill_report import write_distill_report
+    from llmkd.evaluation.report import write_report
+    from llmkd.files import read_json
+
+    kind = (read_json(folder / "run.json") or {}).get("kind")
+    return (write_distill_report if kind == "ernie-tiny" else write_report)(folder)
 
 
 def _report(words: list[str]) -> int:
-    from pathlib import Path
-
     from llmkd.errors import MissingFileError
 
     parser = argparse.ArgumentParser("llmkd report", description=VERBS["report"])
@@ -246,15 +259,11 @@ def _report(words: list[str]) -> int:
     args = parser.parse_args(words)
     if not (Path(args.folder) / "run.json").is_file():
         raise MissingFileError.of("folder", args.folder, "holds no run.json", "name a run folder")
-    from llmkd.evaluation.report import write_report
-
-    print(write_report(Path(args.folder)))
+    print(_write_report(Path(args.folder)))
     return 0
 
 
 def _push(words: list[str]) -> int:
-    from pathlib import Path
-
     parser = argparse.ArgumentParser("llmkd push", description=VERBS["push"])
     parser.add_argument("folder", help="finished run folder of one model")
     parser.add_argument("repo", help="Hub id, owner/name")

@@ -11,19 +11,22 @@ import yaml
 from accelerate import PartialState
 from datasets import Dataset
 
-from llmkd.errors import DataError, MissingFileError
+from llmkd.errors import MissingFileError
 from llmkd.files import write_text
 from llmkd.labels import AnyEncoding, Store, StoreWriter, describe, verify_checksums
-from llmkd.labels.manifest import differences
 from llmkd.methods.label_job import LabelJob
-from llmkd.methods.label_run import write_store
-from llmkd.methods.label_verify import Found, compare_rows, compare_tokens, print_lines
+from llmkd.methods.label_run import RECIPE, write_store
+from llmkd.methods.label_verify import (
+    Found,
+    check_same,
+    compare_rows,
+    print_lines,
+    without_teacher,
+)
 from llmkd.methods.recipe import read_recipe
 from llmkd.methods.salt_config import TYPES, with_absolute_paths
-from llmkd.teachers import LiveTeacher
+from llmkd.teachers import LiveTeacher, StoredTeacher
 from llmkd.teachers.stored import store_folder
-
-RECIPE = "recipe.yaml"
 
 
 def main(argv: Sequence[str]) -> Path:
@@ -104,7 +107,7 @@ def verify(arguments: argparse.Namespace) -> int:
     elif not path.is_file():
         lines.append(("recomputed", "nothing: no recipe beside the store; give one with --recipe"))
     else:
-        found, wrong = _recompute(folder, path, arguments.rows)
+        found, wrong = _recompute(Store.open(folder), path, arguments.rows)
         lines += found
         problems += wrong
     print_lines(lines)
@@ -113,31 +116,26 @@ def verify(arguments: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _recompute(folder: Path, recipe: Path, rows: int) -> Found:
-    argv = [str(recipe), "--label_store", str(folder)]
+def _recompute(store: Store, recipe: Path, rows: int) -> Found:
+    if store.manifest["teacher"].get("label_names"):
+        from llmkd.methods.ernie_label import recompute
+
+        return recompute(store, recipe, rows)
+    argv = [str(recipe), "--label_store", str(store.folder)]
     job = LabelJob(with_absolute_paths(read_recipe(argv, TYPES)), writes=False)
-    store = Store.open(folder)
     try:
         teacher, encoding = job.find_teacher()
     except MissingFileError as error:
-        lines, problems = compare_tokens(store, job.stage.rows)
-        gone = [("teacher", str(error)), *lines]
-        return [*gone, ("recomputed", "nothing: that needs the teacher")], problems
+        made = job.stage.rows
+        return without_teacher(store, StoredTeacher(store), made.fingerprint, made.train, error)
     plan = job.store_plan(teacher, encoding)
-    if plan.key != store.manifest["key"]:
-        raise DataError.of(
-            "recipe",
-            str(recipe),
-            "does not make this store:\n    "
-            + "\n    ".join(differences(store.manifest, plan.settings)),
-            "give the recipe it was made with: --recipe FILE",
-        )
+    check_same(store, plan, recipe)
     if not isinstance(job.rows, Dataset):
         return [("recomputed", "nothing: the rows are a stream")], []
     if encoding.name == "lowrank":
         from llmkd.labels.heads import read_fit
 
-        encoding = read_fit(folder, encoding)
+        encoding = read_fit(store.folder, encoding)
     job.load(teacher)
     with torch.no_grad():
         return compare_rows(store, plan, job.labeller(teacher, encoding), job.rows, rows)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from datasets import Dataset, IterableDataset
 
 from llmkd.data import load_documents, pad_id
 from llmkd.data.tokenizer import tokenizer_digest
-from llmkd.errors import DataError, RecipeError, RunFolderError
+from llmkd.errors import DataError, RecipeError
 from llmkd.labels import AnyEncoding, StorePlan, check_folder
 from llmkd.labels.config import LabelConfig
 from llmkd.labels.manifest import NAME as MANIFEST
-from llmkd.methods.label_run import Labeller
+from llmkd.methods.label_run import (
+    Labeller,
+    autocast_of,
+    check_writable,
+    labelling_accelerator,
+)
 from llmkd.methods.recipe import Recipe
 from llmkd.methods.salt_config import check_recipe
 from llmkd.methods.salt_plan import Plan, make_rows, make_tokenizer
@@ -44,7 +46,7 @@ class LabelJob:
         self.folder, self.writes = Path(self.labels.label_store), writes
         if writes:
             check_folder(self.folder)
-            _check_writable(self.folder)
+            check_writable(self.folder)
         self.plan = Plan.of(plain)
         teacher = plain.build()[2]
         name, revision = teacher.teacher_model_name_or_path, teacher.teacher_model_revision
@@ -121,28 +123,13 @@ class LabelJob:
 
     def load(self, teacher: LiveTeacher) -> None:
         """Bring the teacher's weights to the device."""
-        # The accelerator of a teacher trained here would be of another precision or plugin.
-        AcceleratorState._reset_state()
-        plugin = getattr(self.stage.training, "deepspeed_plugin", None)
-        accelerator = Accelerator(deepspeed_plugin=plugin)
-        if (plugin := accelerator.state.deepspeed_plugin) is not None:
-            size = self.labels.label_batch_size
-            known = {
-                "train_micro_batch_size_per_gpu": size,
-                "gradient_accumulation_steps": 1,
-                "train_batch_size": size * accelerator.num_processes,
-                "gradient_clipping": 1.0,
-            }
-            for key, value in known.items():  # "auto" is filled in by a trainer; here is none
-                plugin.deepspeed_config[key] = value
-        teacher.load(accelerator)
+        teacher.load(labelling_accelerator(self.stage.training, self.labels.label_batch_size))
 
     def store_plan(self, teacher: LiveTeacher, encoding: AnyEncoding) -> StorePlan:
         """All that decides the store's contents."""
         numbers, total = self.wanted_rows()
         stage, tokenizer = self.stage, self.plan.tokenizer
         assert tokenizer is not None
-        args = stage.training
         return StorePlan(
             encoding=encoding,
             teacher={
@@ -150,7 +137,7 @@ class LabelJob:
                 "revision": self.facts["revision"],
                 "fingerprint": self.facts["fingerprint"],
                 "dtype": stage.settings["teacher_dtype"],
-                "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else None,
+                "autocast": autocast_of(stage.training),
                 "parameters": self.facts["parameters"],
                 "forward_flops_per_token": self.facts["forward_flops_per_token"],
             },
@@ -231,14 +218,4 @@ class LabelJob:
             pad_id(self.plan.tokenizer),
             self.labels.label_batch_size,
             self.labels.label_memory_mib,
-        )
-
-
-def _check_writable(folder: Path) -> None:
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    if not os.access(place, os.W_OK) or os.statvfs(place).f_flag & os.ST_RDONLY:
-        raise RunFolderError.of(
-            "label_store", str(folder), f"cannot be written to ({place})", "name another folder"
         )

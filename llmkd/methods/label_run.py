@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from llmkd.data import PackedCollator
-from llmkd.errors import DataError, LlmkdError, TeacherError
+from llmkd.errors import DataError, LlmkdError, RunFolderError, TeacherError
 from llmkd.labels import (
     AnyEncoding,
     StorePlan,
@@ -32,6 +35,7 @@ from llmkd.objectives.fused import LogitBuffers
 from llmkd.teachers import LiveTeacher
 from llmkd.types import DenseLogits, Head, HiddenTarget
 
+RECIPE = "recipe.yaml"  # beside the store: what made it
 IN_FLIGHT = 2  # shards that may wait to be written while the teacher goes on
 Row = dict[str, Any]
 Piece = tuple[Row, list[Any]]
@@ -273,3 +277,38 @@ def _stream_shards(plan: StorePlan, rows: Any) -> Iterator[tuple[int, list[Row]]
                 "other text: --overwrite_labels true, or another --label_store",
             )
         yield number, part
+
+
+def check_writable(folder: Path) -> None:
+    """RunFolderError where a store cannot be written to `folder`; nothing is written."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK) or os.statvfs(place).f_flag & os.ST_RDONLY:
+        raise RunFolderError.of(
+            "label_store", str(folder), f"cannot be written to ({place})", "name another folder"
+        )
+
+
+def autocast_of(args: Any) -> str | None:
+    """The dtype in which training with these arguments multiplies; None for the weights' own."""
+    return "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+
+
+def labelling_accelerator(args: Any, batch_size: int) -> Accelerator:
+    """Where a teacher answers that no trainer brings in: ranks, plugins and precision of `args`."""
+    # The accelerator of a teacher trained here would be of another precision or plugin.
+    AcceleratorState._reset_state()
+    plugin = getattr(args, "deepspeed_plugin", None)
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else None
+    accelerator = Accelerator(mixed_precision=precision, deepspeed_plugin=plugin)
+    if (plugin := accelerator.state.deepspeed_plugin) is not None:
+        known = {
+            "train_micro_batch_size_per_gpu": batch_size,
+            "gradient_accumulation_steps": 1,
+            "train_batch_size": batch_size * accelerator.num_processes,
+            "gradient_clipping": 1.0,
+        }
+        for key, value in known.items():  # "auto" is filled in by a trainer; here is none
+            plugin.deepspeed_config[key] = value
+    return accelerator

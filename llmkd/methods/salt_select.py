@@ -36,6 +36,7 @@ from llmkd.selection.controls import CONTROL
 from llmkd.teachers import LiveTeacher
 from llmkd.teachers.loading import (
     check_packing,
+    commit_of,
     load_config,
     load_model,
     model_fingerprint,
@@ -100,7 +101,7 @@ def row_scores(
     flops = forward_flops(shape, stage.data.max_length) * (rows.train_tokens or 0)
     settings = [getattr(config, key) for key in selection.reads]
     settings += [seed, keep] if selection.for_keep else []
-    mark = model_fingerprint(source, getattr(shape, "_commit_hash", None))
+    mark = model_fingerprint(source, commit_of(source, revision))
     key = digest([selection.name, *settings, mark])
     path = plan.folder / "selection" / f"{selection.name}-{key}.parquet"
     known = path.is_file()  # asked before any rank may write it

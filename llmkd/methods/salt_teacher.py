@@ -20,7 +20,7 @@ from llmkd.models.build import count_parameters
 from llmkd.objectives.divergences import find_divergence
 from llmkd.selection import find as find_selection
 from llmkd.teachers import LiveTeacher, ManyTeachers, StoredTeacher
-from llmkd.teachers.loading import check_weights, model_fingerprint
+from llmkd.teachers.loading import check_weights, commit_of, model_fingerprint
 from llmkd.types import SparseTarget
 
 # What a teacher trained here does not take from the recipe.
@@ -98,10 +98,10 @@ def _teacher_beside(plan: Plan, stage: Stage) -> dict[str, Any] | None:
         return _trained_beside(plan) if stage.settings["teacher_model_config"] else None
     revision = stage.settings["teacher_model_revision"]
     try:
-        commit = getattr(LiveTeacher(name, revision=revision).config(), "_commit_hash", None)
+        LiveTeacher(name, revision=revision).config()
     except RecipeError:  # not at hand, and it need not be: its name is compared
         return {"id": name}
-    return {"id": name, "fingerprint": model_fingerprint(name, commit)}
+    return {"id": name, "fingerprint": model_fingerprint(name, commit_of(name, revision))}
 
 
 def _trained_beside(plan: Plan) -> dict[str, Any]:
@@ -212,10 +212,11 @@ def _teacher_facts(
     plan: Plan, source: str, revision: str | None, flops: float | None
 ) -> dict[str, Any]:
     config = LiveTeacher(source, revision=revision).config()
+    commit = commit_of(source, revision)
     return {
         "source": source,
-        "revision": revision or getattr(config, "_commit_hash", None),
-        "fingerprint": model_fingerprint(source, getattr(config, "_commit_hash", None)),
+        "revision": commit or revision,
+        "fingerprint": model_fingerprint(source, commit),
         "parameters": count_parameters(config),
         "forward_flops_per_token": forward_flops(config, plan.data.max_length),
         "training_flops": flops,

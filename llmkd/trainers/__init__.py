@@ -1,6 +1,8 @@
 """Trainers: one optimizer step with soft labels, on `transformers.Trainer`."""
 
 from llmkd.trainers.config import SaltConfig
+from llmkd.trainers.latent import LatentDistillTrainer
+from llmkd.trainers.latent_config import LatentDistillConfig
 from llmkd.trainers.salt import SaltTrainer
 
-__all__ = ["SaltConfig", "SaltTrainer"]
+__all__ = ["LatentDistillConfig", "LatentDistillTrainer", "SaltConfig", "SaltTrainer"]

@@ -1,11 +1,13 @@
 """Recipes: what is understood, and the one error for what is not."""
 
+from importlib import import_module
+
 import pytest
 import yaml
 
-from llmkd.cli import main
+from llmkd.cli import METHODS, main
 from llmkd.errors import LlmkdError, MissingFileError, RecipeError
-from llmkd.methods.recipe import read_recipe
+from llmkd.methods.recipe import method_of, read_recipe
 from llmkd.methods.salt_config import TYPES, check_recipe, with_absolute_paths
 from llmkd.shipped import accelerate_configs, shipped_recipes
 from llmkd.trainers import SaltConfig
@@ -141,7 +143,11 @@ def test_local_paths_become_absolute(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", shipped_recipes(), ids=lambda p: p.stem)
 def test_shipped_recipes_load_and_pass_their_checks(path):
-    check_recipe(read_recipe([str(path), "--use_cpu", "true", "--bf16", "false"], TYPES))
+    methods = {verb: import_module(name) for verb, name in METHODS.items()}
+    verb = method_of([str(path)], {name: method.TYPES for name, method in methods.items()})
+    assert verb.replace("-", "_") in path.parts
+    words = [str(path), "--use_cpu", "true", "--bf16", "false"]
+    methods[verb].check_recipe(read_recipe(words, methods[verb].TYPES))
 
 
 def test_every_config_has_a_cpu_counterpart():
