@@ -10,7 +10,10 @@ from llmkd.errors import RecipeError
 from llmkd.files import digest
 from llmkd.methods.ernie_config import ErnieTinyConfig
 from llmkd.methods.ernie_plan import Plan
+from llmkd.methods.ernie_stages import StageSpec
 from llmkd.methods.recipe import Recipe
+from llmkd.models.embeddings import take_embeddings
+from llmkd.models.latent_student import with_projection
 from llmkd.models.student import StudentShape, copy_layers, new_student, student_config
 from llmkd.objectives.layer_map import layer_map
 from llmkd.objectives.prediction import check_soft
@@ -49,31 +52,44 @@ def check_student(plan: Plan, recipe: Recipe) -> None:
     own = config_of(plan, recipe)
     if recipe.settings["student_name_or_path"] is not None:
         plan.check_window(own, "student_name_or_path")
-    student, width = own.get_text_config(), plan.teacher_config().get_text_config().hidden_size
+    student = own.get_text_config()
     for spec in recipe.build_one(ErnieTinyConfig).specs():
         args = spec.args(recipe, "unused")
         if "soft" in spec.losses and plan.kind is not None:
             check_soft(plan.kind, args.soft)
-        if "latent" not in spec.losses:
-            continue
-        teacher = plan.teacher_config(spec.teacher).get_text_config()
-        if args.hidden and teacher.hidden_size != width:
-            raise RecipeError.of(
-                "finetuned_teacher_name_or_path",
-                plan.config.finetuned_teacher_name_or_path,
-                f"is {teacher.hidden_size} wide and teacher_model_name_or_path {width}: one "
-                "projection serves all stages",
-                "name the model it was fine-tuned from: --teacher_model_name_or_path",
-            )
-        pairs = layer_map(student.num_hidden_layers, teacher.num_hidden_layers, args.layer_map)
-        LatentPlan.of(args, pairs, student, teacher)
-        if args.hidden and args.projection == "none" and student.hidden_size != teacher.hidden_size:
-            raise RecipeError.of(
-                "projection",
-                "none",
-                f"the student is {student.hidden_size} wide, the teacher {teacher.hidden_size}",
-                "--projection shared",
-            )
+        if "latent" in spec.losses:
+            _check_latent(plan, recipe, spec, args, student)
+
+
+def _check_latent(plan: Plan, recipe: Recipe, spec: StageSpec, args: Any, student: Any) -> None:
+    embeddings = recipe.settings["student_embeddings"]
+    width = plan.teacher_config().get_text_config().hidden_size
+    teacher = plan.teacher_config(spec.teacher).get_text_config()
+    if args.hidden and teacher.hidden_size != width:
+        raise RecipeError.of(
+            "finetuned_teacher_name_or_path",
+            plan.config.finetuned_teacher_name_or_path,
+            f"is {teacher.hidden_size} wide and teacher_model_name_or_path {width}: one "
+            "projection serves all stages",
+            "name the model it was fine-tuned from: --teacher_model_name_or_path",
+        )
+    pairs = layer_map(student.num_hidden_layers, teacher.num_hidden_layers, args.layer_map)
+    LatentPlan.of(args, pairs, student, teacher)
+    if args.hidden and args.projection != "shared" and embeddings == "pca":
+        raise RecipeError.of(
+            "projection",
+            args.projection,
+            "student_embeddings pca needs the one projection they are seen through",
+            "--projection shared",
+            "--student_embeddings random",
+        )
+    if args.hidden and args.projection == "none" and student.hidden_size != teacher.hidden_size:
+        raise RecipeError.of(
+            "projection",
+            "none",
+            f"the student is {student.hidden_size} wide, the teacher {teacher.hidden_size}",
+            "--projection shared",
+        )
 
 
 def student_key(plan: Plan, recipe: Recipe) -> str:
@@ -87,17 +103,22 @@ def student_key(plan: Plan, recipe: Recipe) -> str:
     for name in ("transformers_version", "_name_or_path", "architectures", "dtype"):
         facts.pop(name, None)
     copied: list[Any] = []
+    name = str(plan.config.teacher_model_name_or_path)
+    commit = commit_of(name, plan.config.teacher_model_revision)
     if shape.student_init == "copy":
-        teacher = plan.teacher_config()
-        name = str(plan.config.teacher_model_name_or_path)
-        layers = shape.copied_layers(teacher.get_text_config().num_hidden_layers)
-        commit = commit_of(name, plan.config.teacher_model_revision)
+        layers = shape.copied_layers(plan.teacher_config().get_text_config().num_hidden_layers)
         copied = [layers, model_fingerprint(name, commit)]
+    if shape.student_embeddings != "random":
+        copied += [shape.student_embeddings, model_fingerprint(name, commit)]
     return digest([facts, seed, copied])
 
 
 def make_student(plan: Plan, recipe: Recipe) -> Any:
-    """The student's body: new weights from the seed, copied layers, or a model that exists."""
+    """The student's body: new weights from the seed, copied layers, or a model that exists.
+
+    With the teacher's embeddings it comes as a `LatentStudent`, with the projection they are seen
+    through.
+    """
     shape = recipe.build_one(StudentShape)
     with whole_weights():
         if shape.student_name_or_path:
@@ -110,12 +131,16 @@ def make_student(plan: Plan, recipe: Recipe) -> Any:
         student = new_student(
             config_of(plan, recipe), seed=int(recipe.settings["seed"]), head="none"
         )
+        if (shape.student_init, shape.student_embeddings) == ("random", "random"):
+            return student
+        teacher: Any = load_model(
+            str(plan.config.teacher_model_name_or_path),
+            revision=plan.config.teacher_model_revision,
+            key="teacher_model_name_or_path",
+            head="none",
+        )
         if shape.student_init == "copy":
-            config, name = plan.teacher_config(), str(plan.config.teacher_model_name_or_path)
-            revision = plan.config.teacher_model_revision
-            teacher = load_model(
-                name, revision=revision, key="teacher_model_name_or_path", head="none"
-            )
-            layers = shape.copied_layers(config.get_text_config().num_hidden_layers)
-            copy_layers(student, teacher, layers)
-    return student
+            depth = teacher.config.get_text_config().num_hidden_layers
+            copy_layers(student, teacher, shape.copied_layers(depth))
+            return student
+        return with_projection(student, take_embeddings(student, teacher))

@@ -115,6 +115,13 @@ def new_projections(
     return made
 
 
+def with_projection(body: Any, weight: Tensor) -> LatentStudent:
+    """A student whose shared projection begins as `weight` [D_student, D_teacher]."""
+    linear = nn.Linear(*weight.shape, bias=False)
+    linear.load_state_dict({"weight": weight.T.contiguous()})
+    return LatentStudent(body, nn.ModuleDict({"shared": linear}))
+
+
 def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A `LatentStudent`'s state dict as the body's own and the projections'."""
     body = {name[len(PREFIX) :]: value for name, value in state.items() if name.startswith(PREFIX)}

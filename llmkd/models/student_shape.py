@@ -16,6 +16,7 @@ from llmkd.objectives.layer_map import LAYER_MAPS, layer_map
 from llmkd.teachers.loading import load_config, whole_weights
 
 INITS = ("random", "copy")
+EMBEDDINGS = ("random", "pca")
 SHAPE_KEYS = ("student_layers", "student_hidden_size", "student_heads", "student_intermediate_size")
 FFN_NAMES = ("intermediate_size", "hidden_dim", "n_inner", "ffn_dim")
 # Widths that follow the hidden size where the teacher's equals its own.
@@ -61,6 +62,14 @@ class StudentShape:
             "or uniform (the default: layer i of M takes i * N / M), or last."
         },
     )
+    student_embeddings: str = field(
+        default="random",
+        metadata={
+            "help": "random: new embeddings from the seed; pca: the teacher's, cut to the "
+            "student's width along their principal directions, which the shared projection begins "
+            "with (ours, not the paper's)."
+        },
+    )
     student_name_or_path: str | None = field(
         default=None,
         metadata={"help": "A student that exists, a folder or Hub id, instead of a shape."},
@@ -73,6 +82,13 @@ class StudentShape:
         if self.student_init not in INITS:
             raise RecipeError.of(
                 "student_init", self.student_init, "unknown", f"known: {', '.join(INITS)}"
+            )
+        if self.student_embeddings not in EMBEDDINGS:
+            raise RecipeError.of(
+                "student_embeddings",
+                self.student_embeddings,
+                "unknown",
+                f"known: {', '.join(EMBEDDINGS)}",
             )
         for key in SHAPE_KEYS:
             value = getattr(self, key)
@@ -120,6 +136,7 @@ class StudentShape:
             return
         others = [key for key in SHAPE_KEYS if getattr(self, key) is not None]
         others += ["student_init"] if self.student_init != "random" else []
+        others += ["student_embeddings"] if self.student_embeddings != "random" else []
         if others:
             raise RecipeError.of(
                 others[0],

@@ -260,6 +260,7 @@ def test_resume_is_bitwise_the_uninterrupted_run(tmp_path, stop):
         "save_strategy": "steps",
         "save_steps": 1,
     }
+
     def dropping():
         made = student_of(kind="single_label")
         for module in made.modules():
