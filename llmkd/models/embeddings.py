@@ -35,6 +35,7 @@ def take_embeddings(student: Any, teacher: Any) -> Tensor:
     basis = directions[:, -width:].flip(-1).T
     scale = float(student.get_input_embeddings().weight.std()) / float((wanted @ basis.T).std())
     theirs = {name: table.weight for name, table in _tables(teacher)}
+    cut: dict[str, Tensor] = {}
     for name, table in _tables(student):
         source = theirs.get(name)
         if source is None or source.shape != (len(table.weight), wide):
@@ -45,10 +46,11 @@ def take_embeddings(student: Any, teacher: Any) -> Tensor:
                 f"{name} is {tuple(table.weight.shape)}, the teacher's {found}",
                 "--student_embeddings random",
             )
-        cut = source.to(torch.float64) @ basis.T * scale
+        cut[name] = source.to(torch.float64) @ basis.T * scale
+    for name, table in _tables(student):  # only once all are known to fit
         if (pad := table.padding_idx) is not None:
-            cut[pad] = 0.0
-        table.weight.copy_(cut.to(table.weight.dtype))
+            cut[name][pad] = 0.0
+        table.weight.copy_(cut[name].to(table.weight.dtype))
     return basis.to(words.dtype)
 
 
