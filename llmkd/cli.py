@@ -270,9 +270,8 @@ def _push(words: list[str]) -> int:
     parser.add_argument("--private", action="store_true", help="make a new repo private")
     parser.add_argument("--revision", help="branch to push to (default: main)")
     args = parser.parse_args(words)
-    from llmkd.hub import check_hub, push_run
+    from llmkd.hub import push_run
 
-    check_hub(args.repo, None)
     url = push_run(Path(args.folder), args.repo, private=args.private, revision=args.revision)
     print(f"pushed to {url}")
     return 0

@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset, Value, interleave_datasets, load_
 from llmkd.data.config import STDLIB, DataConfig
 from llmkd.data.places import means_path, way_to
 from llmkd.data.stdlib_corpus import stdlib_documents
-from llmkd.errors import DataError, MissingFileError
+from llmkd.errors import DataError, LlmkdError, MissingFileError
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +197,8 @@ def _local(
         raise DataError.of(key, str(path), f"files of several kinds in one folder: {names}")
     kind = next(iter(kinds))
     readable = [file for file in files if _kind(file)]
+    if kind != "text" and not any(file.stat().st_size for file in readable):
+        raise _is_empty(key, path, readable)  # before a stream fails over it at its first row
     if kind == "text":
         rows = Dataset.from_list(
             [row for file in readable for row in _paragraph_documents(file, key)]
@@ -208,9 +210,25 @@ def _local(
         options |= {"data_files": {split: [str(file) for file in readable]}, "split": split}
         return load_dataset(str(kind), streaming=streaming, **options)
     except Exception as error:
+        if kind in ("json", "csv") and (blank := [file for file in readable if _blank(file)]):
+            raise _is_empty(key, path, blank) from error
         raise DataError.of(
             key, str(path), f"cannot be read as {kind}: {_last_line(error)}"
         ) from error
+
+
+def _is_empty(key: str, path: Path, files: list[Path]) -> LlmkdError:
+    where = "" if files == [path] else f" ({', '.join(file.name for file in files[:3])})"
+    return DataError.of(key, str(path), f"is empty{where}", "name a file with rows")
+
+
+def _blank(file: Path) -> bool:
+    """Whether there is nothing but white space in a file, packed or not."""
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as handle:
+            return not any(block.strip() for block in iter(lambda: handle.read(1 << 16), b""))
+    except OSError:  # not packed at all, or cut off
+        return False
 
 
 def _kind(file: Path) -> str | None:

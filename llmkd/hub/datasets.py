@@ -34,7 +34,7 @@ def push_store(
             "store", str(folder), f"is damaged and was not pushed: {problems[0]}",
             "run the same `llmkd label` command again: what is whole is kept",
         )  # fmt: skip
-    check_hub(repo_id, token)
+    check_hub(repo_id, token, now=True)
     secret = find_token(token)
     if not secret:
         raise HubError.of("hub_token", None, NO_TOKEN, *LOGIN)

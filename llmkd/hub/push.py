@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 REACH_SECONDS = 15.0  # for the first answer; the client itself would wait for ever
 NO_TOKEN = "a push to the Hub needs a token and none is known"
-LOGIN = ("run `hf auth login`", "or set HF_TOKEN", "or drop --push_to_hub")
+LOGIN = ("run `hf auth login`", "or set HF_TOKEN")
+DROP = "or drop --push_to_hub"
 
 # Named kinds only: a run folder also holds checkpoints, caches and pickles, and what is not known
 # here stays at home. Pickles (training_args.bin among them, which stores `hub_token`) run code when
@@ -50,31 +51,34 @@ STALE_WEIGHTS = [
 ]
 
 
-def check_hub(repo_id: str | None, token: str | None) -> None:
+def check_hub(repo_id: str | None, token: str | None, *, now: bool = False) -> None:
     """Raise HubError now if a push at the end could not even begin; asks nothing of the network.
 
-    Checks the repository's name by the Hub's rules, that some token is known (`token`, HF_TOKEN, a
-    saved login) and that the client is not set offline.
+    `now`: the push is all there is to do, so leaving it out is no way out of an error. Checks the
+    repository's name by the Hub's rules, that some token is known (`token`, HF_TOKEN, a saved
+    login) and that the client is not set offline.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    drop = "or drop --push_to_hub"
-    way = "name the repository: --hub_model_id <you>/<name>, of letters, digits, '-', '_', '.'"
+    drop = () if now else (DROP,)
+    way = "name the repository: " + ("" if now else "--hub_model_id ")
+    way += "<you>/<name>, of letters, digits, '-', '_', '.'"
     if not repo_id:
-        raise HubError.of("hub_model_id", repo_id, "--push_to_hub needs a repository", way, drop)
+        raise HubError.of("hub_model_id", repo_id, "a push needs a repository", way, *drop)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise _error("hub_model_id", repo_id, str(error), way, drop, token=token) from None
+        raise _error("hub_model_id", repo_id, str(error), way, *drop, token=token) from None
     if TOKEN_SURELY.search(repo_id.encode()) or repo_id == (token or "").strip():
         raise _error("hub_model_id", repo_id, "this is a token, not a name", way, token=repo_id)
     if constants.HF_HUB_OFFLINE:
-        problem = "the Hub client is set offline, so the push at the end would fail"
-        raise HubError.of("HF_HUB_OFFLINE", "1", problem, "unset it and TRANSFORMERS_OFFLINE", drop)
+        problem = "the Hub client is set offline, so the push would fail"
+        way = "unset it and TRANSFORMERS_OFFLINE"
+        raise HubError.of("HF_HUB_OFFLINE", "1", problem, way, *drop)
     # Exchanging an OIDC identity for a token is a request: believe the setting here.
     if not os.environ.get("HF_OIDC_RESOURCE") and not find_token(token):
-        raise HubError.of("hub_token", None, NO_TOKEN, *LOGIN)
+        raise HubError.of("hub_token", None, NO_TOKEN, *LOGIN, *drop)
 
 
 def push_run(
@@ -100,7 +104,7 @@ def push_run(
     """
     folder = Path(run_folder).resolve()
     _check_folder(folder)
-    check_hub(repo_id, token)
+    check_hub(repo_id, token, now=True)
     secret = find_token(token)
     if not secret:
         raise HubError.of("hub_token", None, NO_TOKEN, *LOGIN)

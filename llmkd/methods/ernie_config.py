@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
@@ -11,9 +12,9 @@ from llmkd.data.augment import find_augment
 from llmkd.data.config import from_json
 from llmkd.errors import RecipeError, TeacherError
 from llmkd.hub import check_hub
-from llmkd.methods.ernie_stages import StageSpec, read_stages
+from llmkd.methods.ernie_stages import PRESETS, StageSpec, check_keys, read_stages
 from llmkd.methods.recipe import SECRETS, Recipe
-from llmkd.methods.salt_config import check_teachers
+from llmkd.methods.salt_config import check_dtype, check_teachers
 from llmkd.models.student import StudentShape
 from llmkd.trainers import LatentDistillConfig
 
@@ -147,6 +148,19 @@ class ErnieTinyConfig:
                 raise RecipeError.of(key, getattr(self, key), "must be a mapping")
         self.stages = _stage_list(self.stages)
         self.teachers = check_teachers(from_json("teachers", self.teachers))
+        for place, entry in enumerate(self.soft_entries):
+            if entry.get("dtype") is not None:
+                raise RecipeError.of(
+                    f"teachers[{place}].dtype",
+                    entry["dtype"],
+                    "all teachers here have the one dtype",
+                    "--teacher_dtype",
+                )
+        check_dtype("teacher_dtype", self.teacher_dtype)
+        if self.teacher_floor is not None and not -math.inf < self.teacher_floor <= 1:
+            raise RecipeError.of(
+                "teacher_floor", self.teacher_floor, "must be a number, at most 1 (a perfect score)"
+            )
         if self.use_peft:
             raise RecipeError.of(
                 "use_peft",
@@ -175,6 +189,11 @@ class ErnieTinyConfig:
     def teacher_settings(self) -> dict[str, Any]:
         """Training keys of the fine-tuning."""
         return (cast(Any, self.stage_settings) or {}).get("teacher") or {}
+
+    @property
+    def teacher_spec(self) -> StageSpec:
+        """The fine-tuning as a stage."""
+        return StageSpec("teacher", *PRESETS["finetune"], self.teacher_settings)
 
 
 def _stage_list(given: Any) -> Any:
@@ -212,6 +231,10 @@ PATH_KEYS = (
 
 def check_recipe(recipe: Recipe) -> None:
     """Everything that can be refused without reading data or weights; RecipeError, HubError."""
+    if not recipe.given.get("output_dir", "unnamed"):
+        raise RecipeError.of(
+            "output_dir", recipe.given["output_dir"], "names no folder", "--output_dir runs/mine"
+        )
     _, general, _, config, training = recipe.build()
     if not config.teacher_model_name_or_path:
         raise TeacherError.of(
@@ -222,6 +245,8 @@ def check_recipe(recipe: Recipe) -> None:
         )
     for name, changes in (config.arms or {"": {}}).items():
         _check_arm(recipe, name, changes or {})
+    check_keys("stage_settings.teacher", config.teacher_settings)
+    config.teacher_spec.check_args(recipe, learns=_trains_teacher(recipe, config.arms or {}))
     _check_augment(recipe, config.arms or {})
     if general.streaming:
         for spec in config.specs():
@@ -229,6 +254,19 @@ def check_recipe(recipe: Recipe) -> None:
                 raise RecipeError.of("max_steps", -1, "a stream has no length", "--max_steps 10000")
     if training.push_to_hub:
         check_hub(training.hub_model_id, training.hub_token)
+
+
+def _trains_teacher(recipe: Recipe, arms: dict[str, Any]) -> bool:
+    """Whether a teacher is fine-tuned here for a stage of some arm."""
+    for changes in arms.values() or [{}]:
+        config = recipe.build_one(ErnieTinyConfig, **(changes or {}))
+        others = config.label_store or config.teachers
+        for spec in config.specs():
+            asked = "latent" in spec.losses or ("soft" in spec.losses and not others)
+            given = spec.teacher == "finetuned" and config.finetuned_teacher_name_or_path
+            if spec.teacher in ("finetuned", "shuffled") and asked and not given:
+                return True
+    return False
 
 
 def _check_augment(recipe: Recipe, arms: dict[str, Any]) -> None:
@@ -252,11 +290,13 @@ def _check_arm(recipe: Recipe, name: str, changes: Any) -> None:
 
     if not isinstance(changes, dict):
         raise RecipeError.of(f"arms.{name}", changes, "must be a mapping of keys to values")
+    if not isinstance(name, str):
+        raise RecipeError.of(f"arms.{name}", changes, "is no text", f"in quotes: '{name}'")
     if name and (not ARM_NAME.fullmatch(name) or name in TAKEN or name.startswith("checkpoint-")):
         raise RecipeError.of(f"arms.{name}", changes, "cannot name a folder of the run")
     for key, value in changes.items():
         if key not in ARM_KEYS_FREE:
-            near = difflib.get_close_matches(key, ARM_KEYS_FREE, n=1)
+            near = difflib.get_close_matches(str(key), ARM_KEYS_FREE, n=1)
             raise RecipeError.of(
                 f"arms.{name}.{key}",
                 "***" if key in SECRETS else value,
@@ -266,7 +306,7 @@ def _check_arm(recipe: Recipe, name: str, changes: Any) -> None:
     task, _, _, config, _ = recipe.build(**changes)
     for spec in config.specs():
         spec.check(has_task=task.task_dataset is not None)
-        spec.args(recipe.with_changes(changes), "x")  # raises for keys and values
+        spec.check_args(recipe.with_changes(changes))
     if config.label_store and config.teachers:
         raise RecipeError.of(
             "label_store",

@@ -24,15 +24,17 @@ from llmkd.data import (
     load_tokenizer,
     tokenizer_digest,
 )
+from llmkd.data.places import means_path
 from llmkd.errors import DataError, RecipeError, RunFolderError
 from llmkd.files import whole_folder
-from llmkd.methods.ernie_config import ErnieTinyConfig, GeneralText
+from llmkd.methods.ernie_config import PATH_KEYS, ErnieTinyConfig, GeneralText
 from llmkd.methods.ernie_stages import StageSpec
-from llmkd.methods.recipe import Recipe
-from llmkd.methods.run_folder import RunFolder, result_settings, settings_key
+from llmkd.methods.recipe import Recipe, named_paths
+from llmkd.methods.run_folder import RunFolder, check_writable, result_settings, settings_key
 from llmkd.models.build import check_window
 from llmkd.models.student import StudentShape
 from llmkd.teachers.loading import commit_of, load_config, model_fingerprint
+from llmkd.teachers.stored import store_folder
 from llmkd.trainers import LatentDistillConfig
 
 
@@ -114,9 +116,17 @@ class Plan:
             "": self.run,
             **{name: RunFolder(self.folder / name, main=self.main) for name in self.arms if name},
         }
+        check_writable("output_dir", self.folder)
+        if self._has_general_stages():
+            check_writable("general_stages", self.general_folder)
         for name, run in runs.items():
             settings = {**self.recipe.settings, **self.arms.get(name, {})}
             self._unless_overwritten(partial(run.claim, None, settings))
+
+    def _has_general_stages(self) -> bool:
+        """Whether any arm begins with a stage that may lie in `general_folder`."""
+        firsts = [specs[0] for specs in self.specs().values()]
+        return any(s.data == "general" and s.teacher in ("pretrained", "none") for s in firsts)
 
     def _unless_overwritten(self, check: Callable[[], None]) -> None:
         try:
@@ -149,9 +159,30 @@ class Plan:
 
     def read(self) -> None:
         """Tokenizer, task and general text, as far as stages need them; nothing is written."""
+        self._check_stores()
+        self._warn_of_heads()
         specs = [spec for arm in self.specs().values() for spec in arm]
         self.read_rows(general=any(spec.data == "general" for spec in specs))
         self._unless_overwritten(self._claim_inputs)
+
+    def _check_stores(self) -> None:
+        """MissingFileError for a store that is named and not there, whether a stage reads it or
+        not: a slip in its path, or a soft loss that was forgotten.
+        """
+        for config in self.configs().values():
+            for entry in [vars(config), *config.soft_entries]:
+                name = entry.get("label_store")
+                if name and (means_path(name) or "/" not in name):  # else the Hub would be asked
+                    store_folder(name)
+
+    def _warn_of_heads(self) -> None:
+        for name, specs in self.specs().items():
+            heads = [spec.name for spec in specs if spec.predicts]
+            if heads and not specs[-1].predicts:
+                self.say(
+                    f"{name or 'stages'}: warning: {specs[-1].name} comes after {heads[-1]} and "
+                    "does not train the task head; the student's task scores may fall"
+                )
 
     def read_rows(self, *, general: bool) -> None:
         """Tokenizer, task and, where asked for, general text."""
@@ -265,10 +296,12 @@ class Plan:
             check_window(config, self.task.task_max_length, key, "task_max_length")
 
     def begin(self) -> None:
-        """From here on the folder is this run's."""
+        """From here on the folder is this run's; call it while the folder is held."""
         PartialState().wait_for_everyone()
+        self.claim()  # again: until it was held, another process may have worked here
+        self._unless_overwritten(self._claim_inputs)
         if self.replaces:
-            self.run.clear()
+            self.run.clear(named_paths(self.recipe, PATH_KEYS))
         PartialState().wait_for_everyone()
         if self.main:
             assert self.tokenizer is not None

@@ -12,7 +12,7 @@ from typing import Any
 from llmkd.errors import RecipeError
 from llmkd.methods.recipe import Recipe
 from llmkd.trainers import LatentDistillConfig
-from llmkd.trainers.latent_config import check_losses
+from llmkd.trainers.latent_rules import check_losses, check_weights
 
 # name: teacher, data, losses. One of the three changes from each of the four to the next.
 PRESETS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -79,6 +79,18 @@ class StageSpec:
         scored = ("eval_", "per_device_eval_")  # how often and how fast it is scored
         return {k: v for k, v in found.items() if k not in idle and not k.startswith(scored)}
 
+    def check_args(self, recipe: Recipe, *, learns: bool = True) -> None:
+        """RecipeError for training keys that cannot be, and, where it `learns`, for weights that
+        leave nothing to learn.
+        """
+        args = self.args(recipe, "unused")
+        if not learns:
+            return
+        try:
+            check_weights(self.losses, args)
+        except RecipeError as error:
+            raise RecipeError(f"stage {self.name}: {error}") from error
+
     def check(self, *, has_task: bool) -> None:
         """RecipeError for a stage whose parts contradict each other."""
         key = f"stages.{self.name}"
@@ -123,7 +135,7 @@ def read_stages(
     known = {*(s.name for s in specs), *PRESETS, "teacher", *elsewhere}
     for name in settings:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(str(name), known, n=1)
             ways = [f"did you mean {match!r}?" for match in near]
             raise RecipeError.of(f"stage_settings.{name}", settings[name], "no such stage", *ways)
         check_keys(f"stage_settings.{name}", settings[name])
@@ -176,7 +188,7 @@ def check_keys(key: str, settings: Any) -> None:
     known = {f.name for f in fields(LatentDistillConfig) if f.init} - FIXED
     for name, value in settings.items():
         if name not in known or name.startswith("hub_"):
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(str(name), known, n=1)
             problem = "is one for all stages" if name in FIXED else "no such training key"
             ways = [f"did you mean {match!r}?" for match in near if match != name]
             raise RecipeError.of(f"{key}.{name}", value, problem, *ways)

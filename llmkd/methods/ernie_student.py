@@ -12,11 +12,12 @@ from llmkd.methods.ernie_config import ErnieTinyConfig
 from llmkd.methods.ernie_plan import Plan
 from llmkd.methods.ernie_stages import StageSpec
 from llmkd.methods.recipe import Recipe
-from llmkd.models.embeddings import take_embeddings
+from llmkd.models.embeddings import check_embeddings, take_embeddings
 from llmkd.models.latent_student import with_projection
 from llmkd.models.student import StudentShape, copy_layers, new_student, student_config
 from llmkd.objectives.layer_map import layer_map
 from llmkd.objectives.prediction import check_soft
+from llmkd.teachers.attention_maps import check_maps
 from llmkd.teachers.loading import commit_of, load_model, model_fingerprint, whole_weights
 from llmkd.trainers.latent_losses import LatentPlan
 
@@ -53,12 +54,33 @@ def check_student(plan: Plan, recipe: Recipe) -> None:
     if recipe.settings["student_name_or_path"] is not None:
         plan.check_window(own, "student_name_or_path")
     student = own.get_text_config()
+    if recipe.settings["student_embeddings"] == "pca":
+        check_embeddings(own, plan.teacher_config())
+    _check_projections(recipe)
     for spec in recipe.build_one(ErnieTinyConfig).specs():
         args = spec.args(recipe, "unused")
         if "soft" in spec.losses and plan.kind is not None:
-            check_soft(plan.kind, args.soft)
+            sources = recipe.build_one(ErnieTinyConfig).soft_entries
+            check_soft(plan.kind, args.soft, mixed=len(sources) > 1)
         if "latent" in spec.losses:
             _check_latent(plan, recipe, spec, args, student)
+
+
+def _check_projections(recipe: Recipe) -> None:
+    """The projections walk through all stages, so these must agree on them."""
+    wanted = {}
+    for spec in recipe.build_one(ErnieTinyConfig).specs():
+        args = spec.args(recipe, "unused")
+        if "latent" in spec.losses and args.hidden:
+            wanted.setdefault(args.projection, spec.name)
+    if len(wanted) > 1:
+        (first, one), (second, other) = list(wanted.items())[:2]
+        raise RecipeError.of(
+            "projection",
+            second,
+            f"stage {other} cannot begin with the projections ({first}) that stage {one} trained",
+            "one projection for all stages of an arm",
+        )
 
 
 def _check_latent(plan: Plan, recipe: Recipe, spec: StageSpec, args: Any, student: Any) -> None:
@@ -75,6 +97,8 @@ def _check_latent(plan: Plan, recipe: Recipe, spec: StageSpec, args: Any, studen
         )
     pairs = layer_map(student.num_hidden_layers, teacher.num_hidden_layers, args.layer_map)
     LatentPlan.of(args, pairs, student, teacher)
+    if args.attn != "none":
+        check_maps(plan.teacher_config(spec.teacher), "attn")
     if args.hidden and args.projection != "shared" and embeddings == "pca":
         raise RecipeError.of(
             "projection",

@@ -18,7 +18,7 @@ from llmkd.files import digest, read_json, write_json
 from llmkd.methods.ernie_config import ErnieTinyConfig
 from llmkd.methods.ernie_plan import Plan
 from llmkd.methods.ernie_stage import HEADS, DistillStage, Start, predict_task, train
-from llmkd.methods.ernie_stages import PRESETS, StageSpec, check_keys
+from llmkd.methods.ernie_stages import StageSpec, check_keys
 from llmkd.methods.train_folder import begin_or_reuse
 from llmkd.models.latent_student import LatentStudent
 from llmkd.objectives.token import IGNORE
@@ -190,8 +190,6 @@ def _finetuned(plan: Plan) -> dict[str, Any]:
 
 def teacher_stage(plan: Plan, name: str, rows: Dataset | None) -> DistillStage:
     """Fine-tuning the pretrained teacher on the task, in `<output_dir>/<name>`."""
-    teacher, data, losses = PRESETS["finetune"]
-    settings = plan.config.teacher_settings
     source, revision = _pretrained(plan)
     facts = _facts(plan, source, revision, head="none")
 
@@ -199,8 +197,7 @@ def teacher_stage(plan: Plan, name: str, rows: Dataset | None) -> DistillStage:
         return load_model(source, revision=revision, key="teacher_model_name_or_path", head="none")
 
     start = Start(digest(["teacher", facts["fingerprint"]]), make, general=False)
-    spec = StageSpec("teacher", teacher, data, losses, settings)
-    folder = plan.folder / name
+    spec, folder = plan.config.teacher_spec, plan.folder / name
     return DistillStage(spec, plan.recipe, plan, start, None, folder=folder, label=name, rows=rows)
 
 
@@ -281,7 +278,7 @@ def _check_floor(plan: Plan, score: float) -> None:
             round(floor, 4),
             f"the fine-tuned teacher has {plan.metric} {score:.4f} on the dev rows; a teacher that "
             "does not know the task ruins every task stage without a sign",
-            "train it longer: stage_settings: {teacher: {max_steps: ..., learning_rate: 5.0e-5}}",
+            "train it longer: stage_settings: {teacher: {max_steps: ...}}, --overwrite_run true",
             "look at its labels and columns; or name one: --finetuned_teacher_name_or_path",
             "--teacher_floor 0 lets it teach all the same",
         )

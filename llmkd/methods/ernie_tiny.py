@@ -37,12 +37,13 @@ def run(recipe: Recipe) -> Path:
     check_given(plan)
     for changes in plan.arms.values():
         check_student(plan, recipe.with_changes(changes))
-    plan.begin()
-    prepare_teachers(plan)
-    for name, changes in plan.arms.items():
-        stages = distil(plan, recipe.with_changes(changes))
-        export(plan, name, recipe.with_changes(changes), stages)
-    finish(plan)
+    with plan.run.held():
+        plan.begin()
+        prepare_teachers(plan)
+        for name, changes in plan.arms.items():
+            stages = distil(plan, recipe.with_changes(changes))
+            export(plan, name, recipe.with_changes(changes), stages)
+        finish(plan)
     return plan.folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -15,6 +16,10 @@ from trl import TrlParser
 from llmkd.errors import LlmkdError, MissingFileError, RecipeError
 
 SECRETS = ("hub_token",)
+NEW_FOLDERS = ("general_stages",)  # paths that need not lead anywhere yet
+NESTED = ("arms", "stages", "stage_settings")  # mappings of other keys are in them
+KINDS = {"int": "a number", "float": "a number", "string_to_bool": "true or false"}
+INNER_PATHS = {"dataset_mixture": "id", "teachers": "model_name_or_path"}
 Kind = TypeVar("Kind")
 
 
@@ -56,7 +61,10 @@ def with_absolute_paths(recipe: Recipe, keys: Sequence[str], not_a_path: str = "
         changed = dict(settings)
         for key in {*keys} & {*settings}:
             changed[key] = _absolute(changed[key], not_a_path)
-        for key, inner in (("dataset_mixture", "id"), ("teachers", "model_name_or_path")):
+        for key in {*NEW_FOLDERS} & {*keys} & {*settings}:
+            if changed[key]:
+                changed[key] = str(Path(changed[key]).expanduser().absolute())
+        for key, inner in INNER_PATHS.items():
             if isinstance(changed.get(key), list):
                 parts = [dict(part) for part in changed[key] if isinstance(part, dict)]
                 for part in parts:
@@ -75,6 +83,24 @@ def _absolute(value: Any, not_a_path: str) -> Any:
     return value
 
 
+def named_paths(recipe: Recipe, keys: Sequence[str]) -> dict[str, str]:
+    """Every local path the recipe or one of its arms names under `keys`, in mixtures and lists of
+    teachers too, and is there; by its key, as `teachers[1].label_store` or `arms.a.label_store`.
+    """
+    arms = recipe.settings.get("arms")
+    if isinstance(arms, str):
+        arms = json.loads(arms)
+    places = {"": recipe.settings, **{f"arms.{n}.": arm or {} for n, arm in (arms or {}).items()}}
+    named: dict[str, Any] = {}
+    for at, settings in places.items():
+        named |= {f"{at}{key}": settings.get(key) for key in keys}
+        for key, inner in INNER_PATHS.items():
+            parts = settings.get(key) or []
+            for place, part in enumerate(json.loads(parts) if isinstance(parts, str) else parts):
+                named |= {f"{at}{key}[{place}].{n}": part.get(n) for n in (inner, "label_store")}
+    return {k: v for k, v in named.items() if isinstance(v, str) and Path(v).expanduser().exists()}
+
+
 class _Parser(TrlParser):
     def error(self, message: str) -> NoReturn:
         raise RecipeError(f"{message}\n  - `--help` lists every key")
@@ -88,21 +114,26 @@ def read_recipe(argv: Sequence[str], types: tuple[type, ...]) -> Recipe:
     """
     path, flags = _recipe_path(list(argv))
     parser = _Parser(cast(Any, types), prog="llmkd", allow_abbrev=False)
-    # A true-or-false key has a second action, --no_key, without a type; the first one is the key.
-    known = {action.dest: action for action in reversed(parser._actions)}
+    keys = _Keys(parser)
     from_file = _read_yaml(path) if path else {}
     for key in from_file:
-        if key not in known:
-            raise RecipeError.of(key, from_file[key], f"{path} has no such key", *_near(key, known))
-    typed = {key: _typed(known[key], key, value) for key, value in from_file.items()}
+        if key not in keys.known:
+            ways = _near(str(key), keys.known)
+            raise RecipeError.of(str(key), from_file[key], f"{path} has no such key", *ways)
+    typed = {key: keys.typed(key, value, key) for key, value in from_file.items()}
     parser.set_defaults_with_config(**typed)
     values, rest = parser.parse_known_args(flags)
     if rest:
         name = rest[0].lstrip("-").split("=")[0].replace("-", "_")
         if rest[0].startswith("-"):
-            raise RecipeError.of(rest[0], " ".join(rest[1:2]), "no such flag", *_near(name, known))
+            ways = _near(name, keys.known)
+            raise RecipeError.of(rest[0], " ".join(rest[1:2]), "no such flag", *ways)
         raise RecipeError(f"{rest[0]!r} stands where no value is expected; flags are --key value")
-    settings = {key: value for key, value in vars(values).items() if key in _fields(types)}
+    settings = {
+        key: keys.inside(key, value, key)
+        for key, value in vars(values).items()
+        if key in _fields(types)
+    }
     named = set(typed) | {flag.lstrip("-").split("=")[0].replace("-", "_") for flag in flags}
     # --no_packing names packing
     given = {k: v for k, v in settings.items() if k in named or f"no_{k}" in named}
@@ -194,20 +225,76 @@ def _set_env(variables: Any) -> None:
     os.environ.update({str(name): str(value) for name, value in variables.items()})
 
 
-def _typed(action: argparse.Action, key: str, value: Any) -> Any:
-    """A scalar of the file through the flag's own type, so that both are held to the same rule."""
-    if value is None or isinstance(value, (dict, list)) or action.type is None:
-        if isinstance(value, (dict, list)) and action.type in (int, float):
-            raise RecipeError.of(key, value, f"must be a number, not a {type(value).__name__}")
+class _Keys:
+    """The keys with the types of their flags, to which the values of a file are held, and those of
+    mappings inside it: `arms`, `stages` and `stage_settings`.
+    """
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        # A true-or-false key has a second action, --no_key, without a type; the first is the key.
+        self.known = {action.dest: action for action in reversed(parser._actions)}
+        self.never_null = {k for k, action in self.known.items() if action.default is not None}
+
+    def typed(self, key: str, value: Any, shown: str) -> Any:
+        """A scalar through the flag's own type; errors call it `shown`."""
+        kind: Any = _plain(self.known[key].type)
+        wanted = KINDS.get(getattr(kind, "__name__", ""))
+        if value is None and wanted and key in self.never_null:
+            raise RecipeError.of(shown, None, f"must be {wanted}", "leave it out for the default")
+        if isinstance(value, (dict, list)) and wanted:
+            raise RecipeError.of(shown, value, f"must be {wanted}, not a {type(value).__name__}")
+        if value is None or isinstance(value, (dict, list)) or kind is None:
+            return value
+        if isinstance(value, bool) and kind in (int, float):
+            raise RecipeError.of(shown, value, f"must be {kind.__name__}, not true or false")
+        try:
+            return cast(Any, self.known[key].type)(str(value))
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            named = "true or false" if wanted == KINDS["string_to_bool"] else kind.__name__
+            raise RecipeError.of(shown, value, f"cannot be read as {named}") from error
+
+    def inside(self, key: str, value: Any, at: str) -> Any:
+        """A value with the settings in it typed. What has the right type already stays as it was
+        written: keys of stages are hashes of it.
+        """
+        if isinstance(value, str) and key in NESTED:
+            return self._of_json(key, value, at)
+        if key in ("arms", "stage_settings") and isinstance(value, dict):
+            return {name: self._mapping(inner, f"{at}.{name}") for name, inner in value.items()}
+        if key == "stages" and isinstance(value, list):
+            return [self._mapping(entry, f"{at}.{_name(entry)}") for entry in value]
         return value
-    if isinstance(value, bool) and action.type in (int, float):
-        raise RecipeError.of(key, value, f"must be {action.type.__name__}, not true or false")
-    try:
-        return action.type(str(value))  # type: ignore[operator]
-    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        wanted = getattr(action.type, "__name__", str(action.type))
-        wanted = "true or false" if wanted == "string_to_bool" else wanted
-        raise RecipeError.of(key, value, f"cannot be read as {wanted}") from error
+
+    def _of_json(self, key: str, value: str, at: str) -> Any:
+        try:
+            given = json.loads(value)
+        except json.JSONDecodeError:  # names of stages, or refused by whoever reads them
+            return value
+        found = self.inside(key, given, at)
+        return value if found == given else found
+
+    def _mapping(self, given: Any, at: str) -> Any:
+        if not isinstance(given, dict):
+            return given
+        found = dict(given)
+        for key in [key for key in given if key in self.known]:
+            shown = f"{at}.{key}"
+            value = self.typed(key, given[key], shown)
+            same = isinstance(given[key], (int, float)) and value == given[key]  # 3 for 3.0
+            found[key] = self.inside(key, given[key] if same else value, shown)
+        return found
+
+
+def _name(entry: Any) -> Any:
+    """What errors call an entry of `stages`."""
+    return entry.get("name", entry.get("stage")) if isinstance(entry, dict) else entry
+
+
+def _plain(kind: Any) -> Any:
+    """The type of a key; trl wraps that of one that may be null."""
+    if getattr(kind, "__qualname__", "").startswith("_accept_none."):
+        return kind.__closure__[0].cell_contents
+    return kind
 
 
 def help_text(prog: str, what: str, types: tuple[type, ...], *, everything: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -9,17 +10,23 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from llmkd import __version__
 from llmkd.errors import MissingFileError, RunFolderError
 from llmkd.files import digest, read_json, write_json, write_text
 from llmkd.labels.config import WRITING_KEYS
 
+LOCK = ".lock"  # in a run's folder: whoever holds it works there
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed")
 # Keys that decide where and how a run is written down, not what it computes.
 NOT_THE_RESULT = (
@@ -27,7 +34,7 @@ NOT_THE_RESULT = (
     "report_to run_name project push_to_hub hub_token hub_private_repo hub_model_id hub_strategy "
     "hub_always_push hub_revision save_steps save_strategy save_total_limit save_only_model "
     "resume_from_checkpoint overwrite_run log_level log_level_replica dataloader_num_workers "
-    "do_train do_eval do_predict arms local_rank trackio_space_id"
+    "do_train do_eval do_predict arms local_rank trackio_space_id general_stages teacher_floor"
 ).split() + list(WRITING_KEYS)
 
 
@@ -126,10 +133,46 @@ class RunFolder:
             }
         )
 
-    def clear(self) -> None:
-        """Delete an old run (only after `claim` refused it and overwrite_run was set)."""
+    def clear(self, named: Mapping[str, str]) -> None:
+        """Delete an old run (only after `claim` refused it and overwrite_run was set). The folder
+        itself stays, and with it the lock of whoever deletes.
+
+        RunFolderError, on every rank and before anything is deleted, where something `named` (key
+        to path) that the new run reads would go with it.
+        """
+        check_outside(self.path, named)
+        PartialState().wait_for_everyone()  # all have looked before anything is gone
         if self.main and self.path.is_dir():
-            shutil.rmtree(self.path)
+            for path in [path for path in self.path.iterdir() if path.name != LOCK]:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder; RunFolderError, on every rank, where another process does."""
+        handle, free = None, True
+        if self.main:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = (self.path / LOCK).open("w")
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                free = False
+        try:
+            if not broadcast_object_list([free])[0]:
+                raise RunFolderError.of(
+                    "output_dir",
+                    str(self.path),
+                    "another process works on a run in this folder now",
+                    "wait for it",
+                    "choose another --output_dir",
+                )
+            yield
+        finally:
+            if handle is not None:
+                handle.close()
 
     def keep_time(self) -> None:
         """Write down the wall time so far, so that a killed part of a run counts too."""
@@ -167,6 +210,43 @@ def _not_settings(facts: dict[str, Any]) -> str:
     }
     had = ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
     return f"of the same settings, but not of the same models, rows or ranks; it had {had}"
+
+
+def check_outside(folder: Path, named: Mapping[str, str]) -> None:
+    """RunFolderError where a path in `named` (key to path) lies in a folder that is to be deleted,
+    as it is written or once links are followed.
+    """
+    for key, name in named.items():
+        for place, path in (
+            (Path(os.path.abspath(folder)), Path(os.path.abspath(Path(name).expanduser()))),
+            (folder.resolve(), Path(name).expanduser().resolve()),
+        ):
+            if path.is_relative_to(place):
+                raise RunFolderError.of(
+                    key,
+                    name,
+                    f"lies in output_dir {str(folder)!r}, which overwrite_run would delete with it",
+                    "move it out of there",
+                    "choose another --output_dir",
+                )
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """RunFolderError where `folder` is a file or nothing can be written there; leaves nothing."""
+    place = folder.absolute()
+    try:
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            what = "is a file" if place == folder.absolute() else f"lies below a file ({place})"
+            raise RunFolderError.of(key, str(folder), what, "name a folder")
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except RunFolderError:
+        raise
+    except OSError as error:
+        problem = f"cannot be written to ({place}: {error.strerror or error})"
+        raise RunFolderError.of(key, str(folder), problem, "choose another folder") from error
 
 
 def recipe_to_resume(folder: str) -> tuple[str, list[str]]:

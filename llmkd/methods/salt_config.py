@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+
 from llmkd.data import DataConfig
 from llmkd.data.config import STDLIB, from_json
 from llmkd.errors import RecipeError, TeacherError
@@ -81,6 +83,13 @@ class TeacherConfig:
             )
 
 
+def check_dtype(key: str, name: Any) -> None:
+    """RecipeError for what is neither auto nor a dtype of weights."""
+    found: Any = getattr(torch, name, None) if isinstance(name, str) else None
+    if name != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise RecipeError.of(key, name, "no such dtype", "known: auto, float32, bfloat16, float16")
+
+
 TEACHER_KEYS = {"model_name_or_path", "revision", "dtype", "label_store", "weight"}
 
 
@@ -97,6 +106,11 @@ def check_teachers(teachers: Any) -> list[dict[str, Any]] | None:
             )
         if ("model_name_or_path" in entry) == ("label_store" in entry):
             raise RecipeError.of("teachers", entry, "name one of model_name_or_path, label_store")
+        for key in ("model_name_or_path", "label_store"):
+            if key in entry and (not isinstance(entry[key], str) or not entry[key]):
+                raise RecipeError.of("teachers", entry, f"{key} must be a folder or a Hub id")
+        if entry.get("dtype") is not None:
+            check_dtype("teachers", entry["dtype"])
         weight = entry.get("weight", 1)
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not number or not math.isfinite(weight) or weight < 0:

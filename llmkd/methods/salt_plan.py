@@ -23,8 +23,9 @@ from llmkd.data import (
 )
 from llmkd.errors import RecipeError, RunFolderError
 from llmkd.files import digest, digest_texts, whole_folder, write_text
-from llmkd.methods.recipe import Recipe
+from llmkd.methods.recipe import Recipe, named_paths
 from llmkd.methods.run_folder import RunFolder, result_settings, settings_key
+from llmkd.methods.salt_config import PATH_KEYS
 from llmkd.methods.stage import Stage
 from llmkd.trainers import SaltConfig
 
@@ -95,7 +96,7 @@ class Plan:
         """
         PartialState().wait_for_everyone()
         if self.replaces:
-            self.run.clear()
+            self.run.clear(named_paths(self.recipe, PATH_KEYS))
         if self.main:
             texts = documents.held_out["text"]
             lines = (json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts)

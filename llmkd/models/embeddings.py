@@ -18,21 +18,18 @@ def take_embeddings(student: Any, teacher: Any) -> Tensor:
     B holds the leading principal directions of the teacher's word embeddings (not centred, all
     entries alike). Every embedding table of the same name and length (words, positions, types)
     becomes table B^T, scaled to the size of the student's own first weights; a projection whose
-    weight begins as B^T carries them back. Ours, not the paper's. RecipeError for a student that is
-    wider than the teacher, or has other tables.
+    weight begins as B^T carries their directions back (the norm that follows loses the scale).
+    Ours, not the paper's. RecipeError as `check_embeddings`, and for a student with other tables.
     """
     words = teacher.get_input_embeddings().weight
     width, wide = student.get_input_embeddings().weight.shape[1], words.shape[1]
-    if width > wide:
-        raise RecipeError.of(
-            "student_embeddings",
-            "pca",
-            f"the student's {width} dimensions are more than the teacher's {wide}",
-            "--student_embeddings random",
-        )
+    check_embeddings(student.config, teacher.config)
     wanted = words.to(torch.float64)
     _, directions = torch.linalg.eigh(wanted.T @ wanted)  # ascending
     basis = directions[:, -width:].flip(-1).T
+    # An eigenvector's sign is the library's choice: fixed, so that all machines begin alike.
+    largest = basis.abs().argmax(-1, keepdim=True)
+    basis = basis * basis.gather(-1, largest).sign()
     scale = float(student.get_input_embeddings().weight.std()) / float((wanted @ basis.T).std())
     theirs = {name: table.weight for name, table in _tables(teacher)}
     cut: dict[str, Tensor] = {}
@@ -52,6 +49,25 @@ def take_embeddings(student: Any, teacher: Any) -> Tensor:
             cut[name][pad] = 0.0
         table.weight.copy_(cut[name].to(table.weight.dtype))
     return basis.to(words.dtype)
+
+
+def check_embeddings(student: Any, teacher: Any) -> None:
+    """RecipeError where the student (a config) is wider than the teacher, or one of them has
+    embeddings of another width than its hidden states.
+    """
+    own, theirs = student.get_text_config(), teacher.get_text_config()
+    problem = None
+    if own.hidden_size > theirs.hidden_size:
+        problem = (
+            f"the student's {own.hidden_size} dimensions are more than the teacher's "
+            f"{theirs.hidden_size}"
+        )
+    for config in (own, theirs):
+        inner = getattr(config, "embedding_size", config.hidden_size)
+        if inner != config.hidden_size:
+            problem = f"{config.model_type} projects embeddings of {inner} to {config.hidden_size}"
+    if problem:
+        raise RecipeError.of("student_embeddings", "pca", problem, "--student_embeddings random")
 
 
 def _tables(model: Any) -> list[tuple[str, Any]]:

@@ -90,6 +90,13 @@ class StudentShape:
                 "unknown",
                 f"known: {', '.join(EMBEDDINGS)}",
             )
+        if self.student_embeddings != "random" and self.student_init == "copy":
+            raise RecipeError.of(
+                "student_embeddings",
+                self.student_embeddings,
+                "student_init copy takes the teacher's embeddings whole already",
+                "leave student_embeddings out",
+            )
         for key in SHAPE_KEYS:
             value = getattr(self, key)
             if value is not None and not _is_size(value):

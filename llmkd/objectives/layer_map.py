@@ -8,6 +8,13 @@ from itertools import pairwise
 from llmkd.errors import RecipeError
 
 LAYER_MAPS = ("uniform", "last")
+KNOWN = f"known: {', '.join(LAYER_MAPS)}, or a list of teacher layers"
+
+
+def check_layer_map(how: object, key: str) -> None:
+    """RecipeError for what can be no map, whatever the models; the rest waits for their depths."""
+    if not (isinstance(how, list | tuple) and how) and how not in LAYER_MAPS:
+        raise RecipeError.of(key, how, "unknown", KNOWN)
 
 
 def layer_map(
@@ -26,14 +33,14 @@ def layer_map(
             f"must lie in 1..{teachers}, the layers of the teacher",
             f"--student_layers {teachers} or fewer",
         )
+    if not isinstance(how, str | list | tuple):
+        raise RecipeError.of(key, how, "unknown", KNOWN)
     if not isinstance(how, str):
         return _checked(students, teachers, how, key)
     if how == "last":
         return tuple(range(teachers - students + 1, teachers + 1))
     if how != "uniform":
-        raise RecipeError.of(
-            key, how, "unknown", f"known: {', '.join(LAYER_MAPS)}, or a list of teacher layers"
-        )
+        raise RecipeError.of(key, how, "unknown", KNOWN)
     if teachers % students:
         near = [(2 * i * teachers + students) // (2 * students) for i in range(1, students + 1)]
         fitting = [str(m) for m in range(1, teachers + 1) if teachers % m == 0]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
@@ -105,6 +106,13 @@ def _visible(
     return everything.tril() if causal and queries > 1 else everything
 
 
+def check_maps(config: Any, key: str) -> None:
+    """RecipeError naming `key` for a type of model (its config) without the attention interface."""
+    kind: Any = AutoModel._model_mapping
+    if type(config) in kind and not kind[type(config)]._supports_attention_backend:
+        raise _cannot(key, config, "its attention does not go through transformers' interface")
+
+
 def open_maps(model: Any, key: str) -> None:
     """Switch `model` to recorded attention; RecipeError naming `key` where its maps cannot be had.
 
@@ -125,7 +133,7 @@ def open_maps(model: Any, key: str) -> None:
             shown = _final(model)
     except ValueError as error:
         model.set_attn_implementation(before)
-        raise _cannot(key, model, str(error).splitlines()[0][:160]) from error
+        raise _cannot(key, model.config, str(error).splitlines()[0][:160]) from error
     why = None
     if len(recorder.scores) != layers:
         why = f"{len(recorder.scores)} of {layers} layers can be recorded"
@@ -133,7 +141,7 @@ def open_maps(model: Any, key: str) -> None:
         why = "its attention is more than scores, a mask and a softmax"
     if why:
         model.set_attn_implementation(before)
-        raise _cannot(key, model, why)
+        raise _cannot(key, model.config, why)
 
 
 @torch.no_grad()
@@ -148,10 +156,10 @@ def _final(model: Any) -> Tensor:
     return states[-1].float()
 
 
-def _cannot(key: str, model: Any, why: str) -> RecipeError:
+def _cannot(key: str, config: Any, why: str) -> RecipeError:
     error = RecipeError.of(
         key,
-        model.config.model_type,
+        config.model_type,
         f"gives no attention maps to compare: {why}",
         "--attn none: hidden states alone",
     )

@@ -7,27 +7,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from llmkd.data import TaskCollator
 from llmkd.data.collator import for_the_model
 from llmkd.models.latent_student import LatentStudent
 from llmkd.objectives import normalise
-from llmkd.objectives.layer_map import layer_map
 from llmkd.objectives.token import IGNORE
 from llmkd.teachers.inside import Inside, Wanted
 from llmkd.teachers.latent import ClassTeachers, LatentTeacher
+from llmkd.trainers import latent_checks as checks
 from llmkd.trainers.base import SoftLabelTrainer
-from llmkd.trainers.latent_checks import check_stage, padding_of
 from llmkd.trainers.latent_config import LatentDistillConfig, check_losses
-from llmkd.trainers.latent_losses import Batch, LatentPlan
+from llmkd.trainers.latent_losses import Batch
 from llmkd.trainers.latent_scores import PARTS, held_out_metrics, row_sums
 from llmkd.types import DenseLogits
 
 
 class LatentDistillTrainer(SoftLabelTrainer):
-    """One stage: a `LatentStudent` towards a teacher's insides, its classes, and gold labels.
+    """One stage: a student towards a teacher's insides, its classes, and gold labels.
 
+    `model` is a `LatentStudent`, or a model, Hub id or folder (projections are made then; the
+    trained model is `trainer.model.body`); `teacher` likewise a `LatentTeacher` or what names one.
     `losses` names what is summed: latent (per token), soft and hard (per example; per labelled
     token of a token task), each a mean over the whole optimizer step, times its weight in `args`.
     `teacher` gives the insides and, unless `soft_teachers` do, the soft labels. `kind` is the task
@@ -41,36 +42,35 @@ class LatentDistillTrainer(SoftLabelTrainer):
 
     def __init__(
         self,
-        model: LatentStudent,
+        model: LatentStudent | PreTrainedModel | str,
         args: LatentDistillConfig,
         *,
         losses: Any,
-        teacher: LatentTeacher | None = None,
+        teacher: LatentTeacher | PreTrainedModel | str | None = None,
         soft_teachers: ClassTeachers | None = None,
         kind: str | None = None,
         task_metrics: Callable[..., dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.losses = check_losses(losses, "losses")
-        self.teacher, self.soft_teachers, self.kind = teacher, soft_teachers, kind
-        self.task_metrics = task_metrics
-        check_stage(self.losses, teacher, soft_teachers, kind, args)
-        self.plan = LatentPlan()
-        if "latent" in self.losses and teacher is not None:
-            theirs = teacher.config().get_text_config()
-            own = model.config.get_text_config()
-            pairs = layer_map(own.num_hidden_layers, theirs.num_hidden_layers, args.layer_map)
-            self.plan = LatentPlan.of(args, pairs, own, theirs)
+        checks.refuse_unread(kwargs)
+        self.teacher = checks.ready_teacher(teacher, self.losses, soft_teachers)
+        self.soft_teachers, self.kind, self.task_metrics = soft_teachers, kind, task_metrics
+        checks.check_stage(self.losses, self.teacher, soft_teachers, kind, args)
+        student = checks.ready_student(model, args, self.losses, self.teacher)
+        self.plan = checks.latent_plan(student, args, self.losses, self.teacher)
         self.predicts = "soft" in self.losses or "hard" in self.losses
-        if teacher is not None:
+        if self.teacher is not None:
             own_classes = "soft" in self.losses and soft_teachers is None
-            teacher.wanted = Wanted(self.plan.of_teacher, self.plan.maps_of_teacher, own_classes)
-        model.want(Wanted(self.plan.of_student, self.plan.maps_of_student, self.predicts))
-        padding = padding_of(model, teacher, soft_teachers, kwargs.get("processing_class"))
+            wanted = Wanted(self.plan.of_teacher, self.plan.maps_of_teacher, own_classes)
+            self.teacher.wanted = wanted
+        student.want(Wanted(self.plan.of_student, self.plan.maps_of_student, self.predicts))
+        tokenizer = kwargs.get("processing_class")
+        padding = checks.padding_of(student, self.teacher, soft_teachers, tokenizer)
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = TaskCollator(padding)
         kwargs.setdefault("compute_metrics", lambda found: held_out_metrics(self, found))
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model=student, args=args, **kwargs)
         self.add_callback(_Teachers(self))
 
     def _set_signature_columns_if_needed(self) -> None:

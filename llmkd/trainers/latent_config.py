@@ -9,12 +9,9 @@ import torch
 from transformers import TrainingArguments
 
 from llmkd.data.config import from_json
-from llmkd.errors import RecipeError
-from llmkd.objectives.latent import ATTENTION_FORMS
-from llmkd.objectives.prediction import SOFT_FORMS
+from llmkd.trainers.latent_rules import ATTENTION, LOSSES, check_config, check_losses
 
-LOSSES = ("latent", "soft", "hard")
-ATTENTION = (*ATTENTION_FORMS, "none")
+__all__ = ["ATTENTION", "LOSSES", "LatentDistillConfig", "check_losses"]
 
 
 @dataclass(kw_only=True)
@@ -91,45 +88,4 @@ class LatentDistillConfig(TrainingArguments):
         given: Any = self.layer_map
         if isinstance(given, str) and given.startswith("["):
             self.layer_map = from_json("layer_map", given)
-        for key, known in (("attn", ATTENTION), ("soft", SOFT_FORMS)):
-            if getattr(self, key) not in known:
-                raise RecipeError.of(
-                    key, getattr(self, key), "unknown", f"known: {', '.join(known)}"
-                )
-        for key in ("attn_weight", "hidden_weight", "soft_weight", "hard_weight", "nkd_gamma"):
-            if not getattr(self, key) >= 0:
-                raise RecipeError.of(key, getattr(self, key), "must be at least 0")
-        if not self.soft_temperature > 0:
-            raise RecipeError.of("soft_temperature", self.soft_temperature, "must be above 0")
-        self._check_shared()
-
-    def _check_shared(self) -> None:
-        for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, key) < 1:
-                raise RecipeError.of(key, getattr(self, key), "must be at least 1")
-        if self.attn != "none":
-            for key in ("gradient_checkpointing", "torch_compile"):
-                if getattr(self, key):
-                    raise RecipeError.of(
-                        key,
-                        True,
-                        f"attention maps (attn {self.attn}) are recorded while the model runs once",
-                        f"--{key} false",
-                        "--attn none: hidden states alone",
-                    )
-        if self.save_total_limit == 1:
-            raise RecipeError.of(
-                "save_total_limit",
-                1,
-                "the only checkpoint is deleted before its successor is known to be whole",
-                "--save_total_limit 2",
-            )
-
-
-def check_losses(losses: Any, key: str) -> tuple[str, ...]:
-    """Names of a stage's losses, each once; RecipeError otherwise."""
-    if isinstance(losses, str):
-        losses = [losses]
-    if not isinstance(losses, list | tuple) or not losses or not set(losses) <= set(LOSSES):
-        raise RecipeError.of(key, losses, "must be a list", f"of {', '.join(LOSSES)}")
-    return tuple(name for name in LOSSES if name in losses)
+        check_config(self)
