@@ -307,6 +307,11 @@ def _check_arm(recipe: Recipe, name: str, changes: Any) -> None:
     for spec in config.specs():
         spec.check(has_task=task.task_dataset is not None)
         spec.check_args(recipe.with_changes(changes))
+    own, shared = config.teacher_settings, recipe.build_one(ErnieTinyConfig).teacher_settings
+    if own and own != shared:
+        raise RecipeError.of(
+            f"arms.{name}.stage_settings.teacher", own, "the teacher is one for all arms"
+        )
     if config.label_store and config.teachers:
         raise RecipeError.of(
             "label_store",

@@ -48,7 +48,7 @@ class Arena:
 
     def __init__(self, run: Path, seed: int, steps: int) -> None:
         argv = [str(run / "recipe.yaml"), "--seed", str(seed), "--output_dir", str(run)]
-        argv += ["--stages", "prediction", "--arms", "{}"]
+        argv += ["--stages", "prediction", "--arms", "{}", "--stage_settings", "{}"]
         recipe = read_recipe(argv, TYPES)
         self.plan, self.seed, self.steps = Plan.of(recipe), seed, steps
         self.plan.read()

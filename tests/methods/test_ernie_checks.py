@@ -36,6 +36,10 @@ BAD = {
     "projection of a stage": (gd(projection="foo"), ["stage gd: projection: 'foo'"]),
     "no layer map": ({"layer_map": None}, ["layer_map: None: unknown", "known: uniform, last"]),
     "layer map of a stage": (gd(layer_map="first"), ["stage gd: layer_map: 'first': unknown"]),
+    "teacher of an arm": (
+        {"arms": {"a": {"stage_settings": {"teacher": {"max_steps": 5}}}}},
+        ["arms.a.stage_settings.teacher: {'max_steps': 5}", "one for all arms"],
+    ),
     "infinite weight": (
         {"attn_weight": math.inf},
         ["attn_weight: inf: must be at least 0, and finite"],
