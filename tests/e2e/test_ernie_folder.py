@@ -216,7 +216,7 @@ def test_the_floor_is_no_part_of_the_run_and_resume_finds_the_general_stages(
         ("x.jsonl", b"", False),
         ("x.jsonl", b"", True),
         ("x.csv", b"", False),
-        ("x.jsonl.gz", gzip.compress(b""), False),
+        ("x.jsonl.gz", gzip.compress(b"", mtime=0), False),
         ("blank.jsonl", b"\n \n", False),
     ],
 )
