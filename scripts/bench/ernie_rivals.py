@@ -143,6 +143,20 @@ def by_llmkd(arena: Arena, folder: str, losses: list[str], **extra: Any) -> floa
     return timed(arena, trainer.train)
 
 
+def textbrewer_matches(own: Any, wide: Any) -> list[dict[str, Any]]:
+    """Hidden states and attention of the layers that llmkd compares, as TextBrewer names them."""
+    pairs = layer_map(own.num_hidden_layers, wide.num_hidden_layers)
+    proj = ["linear", own.hidden_size, wide.hidden_size]
+    matches: list[dict[str, Any]] = []
+    for here, there in [(0, 0), *enumerate(pairs, 1)]:
+        one = {"layer_S": here, "layer_T": there, "weight": 1.0}
+        matches.append({**one, "feature": "hidden", "loss": "hidden_mse", "proj": [*proj]})
+    for here, there in enumerate(pairs):
+        one = {"layer_S": here, "layer_T": there - 1, "weight": 1.0}
+        matches.append({**one, "feature": "attention", "loss": "attention_mse"})
+    return matches
+
+
 def by_textbrewer(arena: Arena, folder: str, *, latent: bool) -> float:
     """TextBrewer's GeneralDistiller: soft CE + hard labels, and with `latent` attention and hidden
     matches of the same layers (its attention loss reads probabilities as SDPA's models give none:
@@ -164,17 +178,7 @@ def by_textbrewer(arena: Arena, folder: str, *, latent: bool) -> float:
             found |= {"hidden": outputs.hidden_states, "attention": outputs.attentions}
         return found
 
-    matches: list[dict[str, Any]] = []
-    if latent:
-        own, wide = student.config, teacher.config
-        pairs = layer_map(own.num_hidden_layers, wide.num_hidden_layers)
-        proj = ["linear", own.hidden_size, wide.hidden_size]
-        for here, there in [(0, 0), *enumerate(pairs, 1)]:
-            one = {"layer_S": here, "layer_T": there, "weight": 1.0}
-            matches.append({**one, "feature": "hidden", "loss": "hidden_mse", "proj": [*proj]})
-        for here, there in enumerate(pairs):
-            one = {"layer_S": here, "layer_T": there - 1, "weight": 1.0}
-            matches.append({**one, "feature": "attention", "loss": "attention_mse"})
+    matches = textbrewer_matches(student.config, teacher.config) if latent else []
     distiller = textbrewer.GeneralDistiller(
         train_config=textbrewer.TrainingConfig(
             device="cpu", output_dir=folder, ckpt_steps=10**9, log_dir=None

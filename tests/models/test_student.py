@@ -502,7 +502,6 @@ def test_sizes_may_come_from_a_distilbert_with_fixed_positions():
 
 @every
 def test_under_zero3_weights_are_whole_until_an_engine_shares_them_out(kind):
-    pytest.importorskip("deepspeed")
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
     plain = new_student(TEACHERS[kind](), seed=1, head="none")

@@ -8,13 +8,7 @@ import torch
 from conftest import tiny_llama, token_rows
 from datasets import Dataset
 from latent_kit import CLASSES, TASKS, bert_rows, latent_args, student_of, tiny_bert
-from transformers import (
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    TrainerCallback,
-)
+from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
 
 from llmkd.errors import DataError, NonFiniteError, RecipeError, TeacherError
 from llmkd.evaluation.task_metrics import task_scores
@@ -599,34 +593,3 @@ def test_rows_without_what_a_loss_needs(tmp_path):
     with pytest.raises(DataError, match="rows without labels have no hard loss"):
         trainer.train()
     make(tmp_path, ("soft",), "single_label", rows=rows).train()  # these need none
-
-
-def test_plain_models_become_student_and_teacher(tmp_path):
-    student = tiny_bert(1, layers=2, width=8)
-    trainer = make(tmp_path, student=student, teacher=tiny_bert(2), max_steps=1)
-    assert trainer.model.body is student and trainer.model.projections["shared"].weight.shape == (
-        16,
-        8,
-    )
-    before = trainer.model.projections["shared"].weight.clone()
-    trainer.train()
-    assert not torch.equal(trainer.model.projections["shared"].weight, before)
-
-
-@pytest.mark.parametrize(
-    "options, losses, words",
-    [
-        ({"student": tiny_bert(1)}, ["hard"], "has no task head"),
-        ({"peft_config": object()}, ["latent"], "peft_config"),
-    ],
-    ids=["head", "adapter"],
-)
-def test_what_a_caller_may_get_wrong_is_said(tmp_path, options, losses, words):
-    with pytest.raises(RecipeError, match=words):
-        make(tmp_path, losses=losses, kind="single_label", **options)
-
-
-def test_another_vocabulary_is_refused(tmp_path):
-    other = BertModel(BertConfig(vocab_size=7, hidden_size=16, num_attention_heads=2))
-    with pytest.raises(RecipeError, match="different tokens"):
-        make(tmp_path, student=other, teacher=tiny_bert(2))
