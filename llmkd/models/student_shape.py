@@ -376,5 +376,5 @@ def check_heads(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
             ours,
             f"attention maps are compared head by head, and the teacher has {theirs}",
             f"--student_heads {theirs}",
-            "--attn none",
+            "--attn none: hidden states alone",
         )

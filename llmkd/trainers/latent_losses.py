@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from llmkd.errors import DataError, RecipeError
+from llmkd.models.student_shape import check_heads
 from llmkd.objectives.latent import add_terms, attention_loss, hidden_mse
 from llmkd.objectives.prediction import ClassTarget, hard_loss, soft_loss
 from llmkd.teachers.inside import Inside
@@ -32,15 +33,8 @@ class LatentPlan:
         RecipeError where heads differ and maps are asked for, or where no part is left.
         """
         pairs = tuple(enumerate(layers, 1))
-        if args.attn != "none" and student.num_attention_heads != teacher.num_attention_heads:
-            raise RecipeError.of(
-                "student_heads",
-                student.num_attention_heads,
-                f"the teacher has {teacher.num_attention_heads}; attention maps are compared head "
-                "by head",
-                f"--student_heads {teacher.num_attention_heads}",
-                "--attn none: hidden states alone",
-            )
+        if args.attn != "none":
+            check_heads(student, teacher)
         hidden = (((0, 0),) if args.embeddings else ()) + pairs if args.hidden else ()
         maps = pairs if args.attn != "none" else ()
         if not hidden and not maps:
