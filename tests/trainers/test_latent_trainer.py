@@ -469,7 +469,7 @@ def test_two_decoders_learn_their_attention(tmp_path, attn):
 
 
 def test_other_heads_are_refused_with_the_way_out(tmp_path):
-    with pytest.raises(RecipeError, match="student_heads: 4: .*the teacher has 2") as caught:
+    with pytest.raises(RecipeError, match=r"student_heads: 4: .*the teacher has 2") as caught:
         make(tmp_path, student=student_of(heads=4))
     assert "--student_heads 2" in str(caught.value) and "--attn none" in str(caught.value)
     make(tmp_path, student=student_of(heads=4), attn="none").train()
