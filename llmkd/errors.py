@@ -32,6 +32,10 @@ class TeacherError(LlmkdError, ValueError):
     """The teacher cannot teach this student (vocabulary, weights)."""
 
 
+class AnnotatorError(LlmkdError, ValueError):
+    """An annotator gave no usable answer (NaN, wrong length, a server that does not answer)."""
+
+
 class NonFiniteError(LlmkdError, ArithmeticError):
     """Training produced NaN or infinity; the last good checkpoint is still there."""
 

@@ -13,9 +13,8 @@ import llmkd
 ROOT = Path(llmkd.__file__).parent
 REPO = ROOT.parent
 ROOMS = (
-    "errors types files shipped objectives data labels selection teachers models trainers "
-    "evaluation "
-    "hub methods launch cli"
+    "errors types files shipped objectives data labels selection teachers models annotators "
+    "trainers evaluation hub methods launch cli"
 ).split()
 FILES = sorted(
     p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py" and "_shipped" not in p.parts

@@ -113,13 +113,26 @@ def read_recipe(argv: Sequence[str], types: tuple[type, ...]) -> Recipe:
     mapping, an unknown key (with the nearest known one) or a value of the wrong type.
     """
     path, flags = _recipe_path(list(argv))
+    return _parse(_read_yaml(path) if path else {}, flags, types, str(path))
+
+
+def inner_recipe(settings: Mapping[str, Any], types: tuple[type, ...], key: str) -> Recipe:
+    """Another method's recipe that stands under `key`; RecipeError names it with its key."""
+    try:
+        return _parse(dict(settings), [], types, key)
+    except LlmkdError as error:
+        raise type(error)(f"{key}.{error}") from error
+
+
+def _parse(
+    from_file: dict[str, Any], flags: list[str], types: tuple[type, ...], origin: str
+) -> Recipe:
     parser = _Parser(cast(Any, types), prog="llmkd", allow_abbrev=False)
     keys = _Keys(parser)
-    from_file = _read_yaml(path) if path else {}
     for key in from_file:
         if key not in keys.known:
             ways = _near(str(key), keys.known)
-            raise RecipeError.of(str(key), from_file[key], f"{path} has no such key", *ways)
+            raise RecipeError.of(str(key), from_file[key], f"{origin} has no such key", *ways)
     typed = {key: keys.typed(key, value, key) for key, value in from_file.items()}
     parser.set_defaults_with_config(**typed)
     values, rest = parser.parse_known_args(flags)
