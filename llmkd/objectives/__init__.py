@@ -8,6 +8,12 @@ from llmkd.objectives.classes import uskd
 from llmkd.objectives.fused import FusedLinearKD, head_scores
 from llmkd.objectives.gate import Gate, ferkd_gate, gate_threshold, smoothed_cross_entropy_rows
 from llmkd.objectives.nkd import nkd_rows
+from llmkd.objectives.preference import (
+    PREFERENCE_LOSSES,
+    PreferenceLoss,
+    find_preference_loss,
+    preference_loss,
+)
 from llmkd.objectives.reduce import normalise
 from llmkd.objectives.registry import OBJECTIVES, find, objective
 from llmkd.objectives.schedule import kd_steps, kd_weight_at, kd_weight_of_fraction
@@ -15,11 +21,14 @@ from llmkd.objectives.targets import gold_probability
 
 __all__ = [
     "OBJECTIVES",
+    "PREFERENCE_LOSSES",
     "FusedLinearKD",
     "Gate",
+    "PreferenceLoss",
     "ce_kd_chunked",
     "ferkd_gate",
     "find",
+    "find_preference_loss",
     "gate_threshold",
     "gold_probability",
     "head_scores",
@@ -29,6 +38,7 @@ __all__ = [
     "nkd_rows",
     "normalise",
     "objective",
+    "preference_loss",
     "smoothed_cross_entropy_rows",
     "uskd",
 ]
