@@ -56,7 +56,24 @@ ERNIE_TINY = MethodInfo(
 }""",
 )
 
-METHODS = {method.name: method for method in (SALT, ERNIE_TINY)}
+# Given names as far as they are known to us: not at all.
+IREPO = MethodInfo(
+    name="irepo",
+    title="iREPO (regression of implicit reward differences on preference logits)",
+    paper_title=(
+        "iREPO: implicit Reward Pairwise Difference based Empirical Preference Optimization"
+    ),
+    arxiv_id="2405.15230",
+    bibtex="""@article{le2024irepo,
+  title   = {{iREPO}: implicit Reward Pairwise Difference based Empirical Preference
+             Optimization},
+  author  = {Le and Shu and Nguyen and Hong and Tran},
+  journal = {arXiv preprint arXiv:2405.15230},
+  year    = {2024}
+}""",
+)
+
+METHODS = {method.name: method for method in (SALT, ERNIE_TINY, IREPO)}
 
 
 def method_of(kind: object) -> MethodInfo:
