@@ -6,13 +6,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmkd.trainers import IrepoConfig as IrepoConfig
+    from llmkd.trainers import IrepoTrainer as IrepoTrainer
     from llmkd.trainers import LatentDistillConfig as LatentDistillConfig
     from llmkd.trainers import LatentDistillTrainer as LatentDistillTrainer
     from llmkd.trainers import SaltConfig as SaltConfig
     from llmkd.trainers import SaltTrainer as SaltTrainer
 
 __version__ = "0.1.0"
-__all__ = ["LatentDistillConfig", "LatentDistillTrainer", "SaltConfig", "SaltTrainer"]
+__all__ = [
+    "IrepoConfig",
+    "IrepoTrainer",
+    "LatentDistillConfig",
+    "LatentDistillTrainer",
+    "SaltConfig",
+    "SaltTrainer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,8 @@ from llmkd.errors import LlmkdError
 VERBS = {
     "salt": "pretrain a model with a small model's soft labels (SALT), arm by arm",
     "ernie-tiny": "compress an encoder in four stages (ERNIE-Tiny): general to task-specific",
+    "irepo": "align a model by regressing preference logits (iREPO): sample, annotate, regress",
+    "judge": "ask a recipe's annotators about pairs people have rated: agreement, calibration",
     "label": "run a teacher over a dataset once and keep its soft labels; verify, info, push",
     "select": "score the rows of a recipe by a selection and draw the histogram",
     "resume": "go on with an interrupted run, knowing only its folder",
@@ -25,9 +27,21 @@ VERBS = {
 }
 
 # Verb of a method: its module, which has `main`, `TYPES` and `check_recipe`.
-METHODS = {"salt": "llmkd.methods.salt", "ernie-tiny": "llmkd.methods.ernie_tiny"}
+METHODS = {
+    "salt": "llmkd.methods.salt",
+    "ernie-tiny": "llmkd.methods.ernie_tiny",
+    "irepo": "llmkd.methods.irepo",
+}
+# Verbs that take a method's recipe for something else than a run.
+ASIDES = {"judge": "llmkd.methods.judge"}
 # The module that labels for a method's recipe: `main` and `TYPES` again.
 LABELLERS = {"salt": "llmkd.methods.label", "ernie-tiny": "llmkd.methods.ernie_label"}
+# Who writes the report of a kind of run.
+REPORTS = {
+    "salt": ("llmkd.evaluation.report", "write_report"),
+    "ernie-tiny": ("llmkd.evaluation.distill_report", "write_distill_report"),
+    "irepo": ("llmkd.evaluation.align_report", "write_align_report"),
+}
 
 LABEL_VERBS = {
     "info": "print what a label store holds",
@@ -90,7 +104,7 @@ def _recipes() -> list[str]:
 
 def _run(verb: str, words: list[str]) -> int:
     handlers: dict[str, Callable[[list[str]], int]] = {
-        **{name: partial(_method, name) for name in METHODS},
+        **{name: partial(_method, name) for name in (*METHODS, *ASIDES)},
         "label": _label,
         "select": _select,
         "resume": _resume,
@@ -144,7 +158,7 @@ def _quiet_libraries() -> None:
 
 def _method(verb: str, words: list[str]) -> int:
     _quiet_libraries()
-    method = import_module(METHODS[verb])
+    method = import_module({**METHODS, **ASIDES}[verb])
     if _wants_help(verb, VERBS[verb], method.TYPES, words):
         return 0
     method.main(words)
@@ -243,12 +257,11 @@ def _remake_report(folder: str) -> None:
 
 
 def _write_report(folder: Path) -> Path:
-    from llmkd.evaluation.distill_report import write_distill_report
-    from llmkd.evaluation.report import write_report
     from llmkd.files import read_json
 
     kind = (read_json(folder / "run.json") or {}).get("kind")
-    return (write_distill_report if kind == "ernie-tiny" else write_report)(folder)
+    room, name = REPORTS.get(kind, REPORTS["salt"])
+    return getattr(import_module(room), name)(folder)
 
 
 def _report(words: list[str]) -> int:

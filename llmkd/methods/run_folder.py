@@ -251,12 +251,17 @@ def check_writable(key: str, folder: Path) -> None:
 
 def recipe_to_resume(folder: str) -> tuple[str, list[str]]:
     """The kind of run in a folder and the command line that goes on with it; an arm's folder, a
-    teacher's or a stage's means the run it belongs to. MissingFileError where there is none.
+    teacher's, a stage's or an iteration's means the run it belongs to. MissingFileError where there
+    is none.
     """
     path = Path(folder).absolute()
     if path.parent.name == "stages" and (path.parent.parent / "recipe.yaml").is_file():
         path = path.parent.parent
+    if path.name == "model" and path.parent.name.startswith("iteration-"):
+        path = path.parent
     parent = read_json(path.parent / "run.json") or {}
+    if parent.get("kind") == "irepo" and (path.name == "start" or path.name[:10] == "iteration-"):
+        path = path.parent
     if (
         path.name in [*parent.get("arms", []), "teacher", "shuffled"]
         and (path.parent / "recipe.yaml").is_file()

@@ -25,7 +25,7 @@ CACHE_BYTES = 2 << 20  # rows a kernel works on at once: they stay in a core's c
 LEAST_ROWS = 16  # below that a matrix product reads the whole weight for next to no work
 WEIGHT_ROWS = 2048  # of a head's weight in one CPU product: packed, they fit the cache
 # torch.compile breaks its graph here and goes on behind: chunks and masks depend on the data.
-_untraced: Any = torch.compiler.disable
+untraced: Any = torch.compiler.disable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class FusedLinearKD:
         if self.memory_mib < 1:
             raise RecipeError.of("head_memory_mib", self.memory_mib, "must be at least 1")
 
-    @_untraced
+    @untraced
     def __call__(
         self,
         hidden_BTH: Tensor,
@@ -154,7 +154,7 @@ def _pass(
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Sums (total, ce, divergence, entropy) and the gradients of hidden states, weight, bias."""
     work = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
-    product = _product_dtype(hidden_NH)
+    product = product_dtype(hidden_NH)
     weight, hidden = weight_VH.detach().to(product), hidden_NH.detach().to(product)
     vocab = weight_VH.shape[0]
     device = hidden_NH.device
@@ -181,7 +181,7 @@ def _pass(
                 grad_hidden.dtype == product
             ) else grad_hidden[rows].copy_(slope_CV @ weight)
         if grad_weight is not None:
-            _add_product(grad_weight, slope_CV.T, hidden[rows], first=start == 0)
+            add_product(grad_weight, slope_CV.T, hidden[rows], first=start == 0)
         if grad_bias is not None:
             grad_bias += z_CV.sum(0)
     if grad_weight is not None:
@@ -203,7 +203,7 @@ def _rows_in_cache(
         z_cV = z_CV[first : first + step]
         last = first + len(z_cV)
         gold_c = job.gold_N[start + first : start + last]
-        slope_cV = _apply_head(z_cV, bias_V, job.head)
+        slope_cV = apply_head(z_cV, bias_V, job.head)
         if target is None:
             values = ce_and_gradient(z_cV, gold_c)
         else:
@@ -220,7 +220,7 @@ def _rows_in_cache(
     return sums_4
 
 
-def _apply_head(z_cV: Tensor, bias_V: Tensor | None, head: Head) -> Tensor | None:
+def apply_head(z_cV: Tensor, bias_V: Tensor | None, head: Head) -> Tensor | None:
     """Bias, scale and soft cap in place; returns the cap's derivative where there is one."""
     if bias_V is not None:
         z_cV.add_(bias_V.to(z_cV.dtype))
@@ -234,7 +234,7 @@ def _apply_head(z_cV: Tensor, bias_V: Tensor | None, head: Head) -> Tensor | Non
     return slope_cV
 
 
-def _add_product(total_VH: Tensor, slope_VC: Tensor, hidden_CH: Tensor, *, first: bool) -> None:
+def add_product(total_VH: Tensor, slope_VC: Tensor, hidden_CH: Tensor, *, first: bool) -> None:
     """total += slope @ hidden in the total's own precision; the first one sets it."""
     if slope_VC.dtype != total_VH.dtype:
         product = slope_VC @ hidden_CH
@@ -263,7 +263,7 @@ class LogitBuffers:
         """Buffers for states like `hidden` [..., H]; `rows` of them fit into `memory_mib`."""
         work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         rows = chunk_rows(None, entries, memory_mib << 20, work)
-        return cls({}, rows, work, _product_dtype(hidden), hidden.device)
+        return cls({}, rows, work, product_dtype(hidden), hidden.device)
 
     def cast(self, head: Head, states: torch.dtype) -> Head:
         """A head that does not train, cast once for all its products with hidden states of that
@@ -280,7 +280,7 @@ class LogitBuffers:
         """The head's leading `entries` logits [C, entries] in float32, C at most `rows`."""
         with torch.autocast(self.device.type, enabled=False):
             out_CV = self.logits("head", hidden_CH.to(self.product), head.weight[:entries])
-            _apply_head(out_CV, None if head.bias is None else head.bias[:entries], head)
+            apply_head(out_CV, None if head.bias is None else head.bias[:entries], head)
         return out_CV
 
     def logits(self, name: str, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
@@ -326,7 +326,7 @@ def _chunk(target: Target, rows: slice, buffers: LogitBuffers, name: str = "teac
     head = target.head
     weight = head.weight[: target.shared]
     t_CS = buffers.logits(name, target.hidden_BTH[rows], weight)
-    _apply_head(t_CS, None if head.bias is None else head.bias[: target.shared], head)
+    apply_head(t_CS, None if head.bias is None else head.bias[: target.shared], head)
     return DenseLogits(t_CS, target.shared)
 
 
@@ -356,7 +356,7 @@ def _projected(target: Target | None) -> int:
     return target.shared if isinstance(target, HiddenTarget) else 0
 
 
-@_untraced
+@untraced
 def head_scores(
     hidden_NH: Tensor, head: Head, gold_N: Tensor, *, memory_mib: int = 192
 ) -> tuple[Tensor, Tensor]:
@@ -379,7 +379,8 @@ def head_scores(
     return nats, hits
 
 
-def _product_dtype(hidden: Tensor) -> torch.dtype:
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """What matrix products run in: the autocast dtype where it is on, else the states' own."""
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type):
         return torch.get_autocast_dtype(hidden.device.type)
     return hidden.dtype

@@ -1,8 +1,17 @@
 """Trainers: one optimizer step with soft labels, on `transformers.Trainer`."""
 
 from llmkd.trainers.config import SaltConfig
+from llmkd.trainers.irepo import IrepoTrainer
+from llmkd.trainers.irepo_config import IrepoConfig
 from llmkd.trainers.latent import LatentDistillTrainer
 from llmkd.trainers.latent_config import LatentDistillConfig
 from llmkd.trainers.salt import SaltTrainer
 
-__all__ = ["LatentDistillConfig", "LatentDistillTrainer", "SaltConfig", "SaltTrainer"]
+__all__ = [
+    "IrepoConfig",
+    "IrepoTrainer",
+    "LatentDistillConfig",
+    "LatentDistillTrainer",
+    "SaltConfig",
+    "SaltTrainer",
+]
