@@ -5,8 +5,17 @@ and needs no network.
 """
 
 from llmkd.hub.card import model_card
-from llmkd.hub.method import ERNIE_TINY, SALT, MethodInfo
+from llmkd.hub.method import ERNIE_TINY, IREPO, SALT, MethodInfo
 from llmkd.hub.push import check_hub, push_run
 from llmkd.hub.secrets import redact
 
-__all__ = ["ERNIE_TINY", "SALT", "MethodInfo", "check_hub", "model_card", "push_run", "redact"]
+__all__ = [
+    "ERNIE_TINY",
+    "IREPO",
+    "SALT",
+    "MethodInfo",
+    "check_hub",
+    "model_card",
+    "push_run",
+    "redact",
+]
