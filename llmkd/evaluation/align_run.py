@@ -131,7 +131,8 @@ def _object(path: Path, notes: list[str]) -> dict[str, Any]:
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file; none where it is missing, and broken lines are left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else ()
+    # not splitlines: a response may hold other characters that it takes for line ends
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else ()
     for line in lines:
         try:
             row = json.loads(line)

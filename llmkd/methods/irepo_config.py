@@ -16,11 +16,13 @@ from llmkd.errors import LlmkdError, RecipeError
 from llmkd.hub import check_hub
 from llmkd.labels.pairs import PAIR_CHOICES
 from llmkd.methods import salt_config
-from llmkd.methods.recipe import Recipe, inner_recipe, with_absolute_paths
+from llmkd.methods.recipe import Recipe, inner_recipe, named_paths, with_absolute_paths
 from llmkd.models.build import DTYPES
 from llmkd.models.sample import SamplingConfig
 from llmkd.trainers import IrepoConfig
 
+NO_PATHS = ("type", "name")  # keys of an annotator
+NEW_PATHS = ("file", "to_rate", "cache_dir")  # that may come to be while the run goes on
 NOT_STARTS = ("output_dir", "overwrite_run", "arms", "push_to_hub", "hub_token")
 
 
@@ -130,8 +132,7 @@ def with_paths(recipe: Recipe) -> Recipe:
         if isinstance(given := from_json(key, recipe.settings[key]), list):
             changed[key] = [_absolute_entry(entry) for entry in given]
     if isinstance(start := from_json("start", recipe.settings["start"]), dict):
-        known = set(salt_config.PATH_KEYS)
-        changed["start"] = {k: _absolute(v) if k in known else v for k, v in start.items()}
+        changed["start"] = salt_config.with_absolute_paths(_as_recipe(start)).settings
     given = {k: changed.get(k, v) for k, v in recipe.given.items()}
     return Recipe({**recipe.settings, **changed}, given, recipe.types)
 
@@ -142,13 +143,20 @@ def paths_inside(recipe: Recipe) -> dict[str, str]:
     for key in ("annotators", "held_out_annotators"):
         for place, entry in enumerate(recipe.settings[key] or []):
             for name, value in entry.items() if isinstance(entry, dict) else ():
-                for one in value if isinstance(value, list) else [value]:
-                    named[f"{key}[{place}].{name}"] = str(one).partition(".py:")[0]
-                    if ".py:" in str(one):
-                        named[f"{key}[{place}].{name}"] += ".py"
-    start = recipe.settings["start"] or {}
-    named |= {f"start.{k}": start.get(k) for k in salt_config.PATH_KEYS}
+                if name in NO_PATHS:
+                    continue
+                many = isinstance(value, list)
+                for number, one in enumerate(value if many else [value]):
+                    at = f"{key}[{place}].{name}" + (f"[{number}]" if many else "")
+                    file, colon, _ = str(one).partition(".py:")
+                    named[at] = f"{file}.py" if colon else file
+    start = named_paths(_as_recipe(recipe.settings["start"] or {}), salt_config.PATH_KEYS)
+    named |= {f"start.{key}": value for key, value in start.items()}
     return {k: v for k, v in named.items() if isinstance(v, str) and Path(v).expanduser().exists()}
+
+
+def _as_recipe(start: dict[str, Any]) -> Recipe:
+    return Recipe(start, start, salt_config.TYPES)
 
 
 def _absolute_entry(entry: Any) -> Any:
@@ -156,8 +164,10 @@ def _absolute_entry(entry: Any) -> Any:
         return entry
     found = {}
     for key, value in entry.items():
-        if key in ("type", "name"):
+        if key in NO_PATHS:
             found[key] = value
+        elif key in NEW_PATHS and isinstance(value, str) and value:
+            found[key] = str(Path(value).expanduser().absolute())
         elif isinstance(value, list):
             found[key] = [_absolute(one) for one in value]
         else:

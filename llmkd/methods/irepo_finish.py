@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 from pathlib import Path
@@ -35,12 +36,17 @@ def finish(plan: Plan, policy: Policy) -> None:
 
 
 def export(plan: Plan, source: Path) -> None:
-    """Copy a model or adapter, as anybody opens it, to the top of the run's folder."""
+    """Copy a model or adapter, as anybody opens it, to the top of the run's folder; what stands
+    there already stays as it is.
+    """
     aside = plan.folder / ".model.part"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for path in source.iterdir():
-        if path.is_file() and not path.name.startswith(".") and path.name not in NOT_EXPORTED:
+        if not path.is_file() or path.name.startswith(".") or path.name in NOT_EXPORTED:
+            continue
+        there = plan.folder / path.name
+        if not there.is_file() or not filecmp.cmp(path, there, shallow=False):
             shutil.copyfile(path, aside / path.name)
     move_into(aside, plan.folder)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llmkd.annotators.base import Item
+from llmkd.annotators.base import Annotator, Item
 from llmkd.data.parts import read_parts
 from llmkd.evaluation.annotator_summary import ALWAYS, annotator_summary
 from llmkd.evaluation.policy import describe_responses, kl_on_samples, reward_mean, win_rate
@@ -71,7 +71,7 @@ def _divergence(it: Iteration, policy: Policy, rows: list[dict[str, Any]]) -> di
     plan, start = it.plan, it.plan.start
     path, asked = it.folder / "held_out_kl.json", {"initial": start, "previous": it.policy}
     known = read_json(path)
-    key = plan.part_key("kl", [row["ids"] for row in rows], vars(policy))
+    key = plan.part_key("kl", [row["ids"] for row in rows], policy)
     if known is not None and known.pop("key", None) == key:
         return known
     prompts = [row["prompt_ids"] for row in rows for _ in row["ids"]]
@@ -103,10 +103,7 @@ def _verdicts(it: Iteration, rows: list[dict[str, Any]]) -> dict[str, Any]:
     others = {"start": _rows_of(plan, 0, rows), "previous": _rows_of(plan, it.number - 1, rows)}
     slots = [(row["row"], k) for row in rows for k in range(len(row["responses"]))]
     items, places = _items(rows, others, slots)
-    label = f"{it.label}: judging held-out responses"
-    said = list(
-        annotate_parts(plan, it.folder / "held_out_annotations", items, annotators, label).rows()
-    )
+    said = _said(it, items, annotators)
     tables = {item.row: combined(plan, answer) for item, answer in zip(items, said, strict=True)}
     scores = {item.row: _scores(answer) for item, answer in zip(items, said, strict=True)}
     found, lines = {}, []
@@ -118,18 +115,19 @@ def _verdicts(it: Iteration, rows: list[dict[str, Any]]) -> dict[str, Any]:
             known = scores.get(slot)
             own, theirs = (None, None) if known is None else known[[mine[0], other[0]]].tolist()
             logits.append(logit)
+            asked = not np.isnan(logit)
             lines.append(
                 {
                     "row": slots[slot][0],
                     "against": name,
                     "response": mine[1],
                     "other": other[1],
-                    "logit": logit,
+                    "logit": logit if asked else None,
                     "score": own,
                     "other_score": theirs,
                 }
             )
-        if it.number:
+        if it.number and not np.isnan(logits).all():
             groups = np.array([row for row, _ in slots])
             found[f"win_rate_{name}"] = win_rate(np.array(logits), groups)
     if plan.main:
@@ -138,6 +136,14 @@ def _verdicts(it: Iteration, rows: list[dict[str, Any]]) -> dict[str, Any]:
     rewards = [line["score"] for line in lines if line["against"] == "start"]
     scored = [value for value in rewards if value is not None]  # None: as the start said it
     return found | ({"reward": reward_mean(scored)} if scored else {})
+
+
+def _said(it: Iteration, items: list[Item], annotators: list[Annotator]) -> list[dict[str, Any]]:
+    """What the annotators say of the items; of none nobody is asked."""
+    if not items:
+        return []
+    folder, label = it.folder / "held_out_annotations", f"{it.label}: judging held-out responses"
+    return list(annotate_parts(it.plan, folder, items, annotators, label).rows())
 
 
 def _rows_of(plan: Plan, number: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from llmkd.annotators.config import AnnotatorConfig, make_annotators
 from llmkd.data import load_documents, load_tokenizer
 from llmkd.data.preferences import PairRows, PreferenceConfig, load_preferences
 from llmkd.data.prompts import PromptConfig, PromptRows, load_prompts, slices
-from llmkd.errors import RunFolderError
+from llmkd.errors import LlmkdError, RunFolderError
 from llmkd.files import digest
 from llmkd.methods import salt
 from llmkd.methods.irepo_config import (
@@ -140,6 +140,8 @@ class Plan:
         """Tokenizer and prompts, checked against the policy, and the key of all that decides;
         nothing is written.
         """
+        for held_out in (False, True):
+            self.annotators(held_out=held_out)  # what their constructors refuse, while it is early
         key = "start"
         if self.policy.start:
             config, self.tokenizer = self._new_start()
@@ -179,7 +181,7 @@ class Plan:
             print_key = digest([self.pairs.fingerprint, prompts.fingerprint])
             return PromptRows([], prompts.held_out, print_key, prompts.dropped)
         rows: dict[str, Any] = {}
-        for row in cast(Any, self.pairs.held_out):
+        for row in cast(Any, self.pairs.held_out or []):
             names = ("row", "prompt", "prompt_ids")
             rows.setdefault(str(row["prompt_ids"]), {name: row[name] for name in names})
         fits = [r for r in rows.values() if room is None or len(r["prompt_ids"]) <= room]
@@ -242,8 +244,23 @@ class Plan:
         config = held_out_annotators(self.annotation, self.loop) if held_out else self.annotation
         if not config.annotators:
             return []
-        return make_annotators(config, seed=self.training.seed, folder=self.folder)
+        try:
+            return make_annotators(config, seed=self.training.seed, folder=self.folder)
+        except LlmkdError as error:
+            own = held_out and bool(self.loop.held_out_annotators)
+            raise type(error)(f"held_out_{error}" if own else str(error)) from error
 
     def part_key(self, *facts: Any) -> str:
-        """Key of a phase's parts."""
-        return digest([self.key, *facts])
+        """Key of a phase's parts. A policy that lies in the run counts by its place there: the run
+        may be named in another way, or moved.
+        """
+        return digest([self.key, *(self._named(one) for one in facts)])
+
+    def _named(self, fact: Any) -> Any:
+        if not isinstance(fact, Policy):
+            return fact
+        here, found = self.folder.absolute(), dict(vars(fact))
+        for key in ("source", "adapter"):
+            if found[key] and (path := Path(found[key]).absolute()).is_relative_to(here):
+                found[key] = str(path.relative_to(here))
+        return found

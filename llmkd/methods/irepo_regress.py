@@ -16,7 +16,7 @@ from llmkd.methods.irepo_policy import Policy, load_policy
 from llmkd.methods.irepo_sample import Iteration, clock, write_pairs
 from llmkd.methods.run_folder import RunFolder, check_room, result_settings
 from llmkd.methods.steps import global_batch
-from llmkd.methods.train_folder import begin_or_reuse, disk_needed, train_in
+from llmkd.methods.train_folder import begin_or_reuse, disk_needed, final_scores, train_in
 from llmkd.trainers import IrepoConfig, IrepoTrainer
 from llmkd.trainers.bar import quiet_bar
 from llmkd.trainers.callbacks import MetricsFile
@@ -88,6 +88,8 @@ def regress(it: Iteration) -> Policy:
         "train": facts["train"],
         "tokens": facts.get("tokens"),
     }
+    if scores := facts.get("held_out_pairs"):
+        it.facts["held_out_pairs"] = scores
     start = plan.start
     assert start is not None
     if one.adapts:
@@ -108,7 +110,7 @@ def make_trainer(one: Regression) -> IrepoTrainer:
     trainer = IrepoTrainer(
         model,
         one.args,
-        eval_dataset=given.held_out if given is not None and len(given.held_out) else None,
+        eval_dataset=None if given is None else given.held_out,
         peft_config=get_peft_config(plan.policy) if fresh else None,
         train_dataset=one.pairs,
         processing_class=plan.tokenizer,
@@ -120,6 +122,7 @@ def make_trainer(one: Regression) -> IrepoTrainer:
 
 def save(one: Regression, trainer: IrepoTrainer) -> None:
     """Model or adapter and tokenizer into the folder; ends its run."""
+    scores = final_scores(trainer) if trainer.eval_dataset is not None else {}
     aside = one.folder / ".model.part"
     trainer.save_model(str(aside))
     PartialState().wait_for_everyone()
@@ -128,8 +131,12 @@ def save(one: Regression, trainer: IrepoTrainer) -> None:
     move_into(aside, one.folder)
     lines = [line for line in trainer.state.log_history if "loss" in line]
     shown = {name: lines[-1].get(name) for name in SHOWN} if lines else {}
+    known = (*SHOWN, "pairs")
     one.run.end(
-        train=shown, tokens=trainer.state.num_input_tokens_seen, steps=trainer.state.global_step
+        train=shown,
+        held_out_pairs={k: scores[f"eval_{k}"] for k in known if f"eval_{k}" in scores},
+        tokens=trainer.state.num_input_tokens_seen,
+        steps=trainer.state.global_step,
     )
 
 

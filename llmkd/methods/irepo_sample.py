@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, Value
 from trl import get_quantization_config
 
 from llmkd.annotators.base import Annotator, Item
@@ -59,7 +60,7 @@ def sample_parts(
     size = plan.sampling.sampling_batch_size
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     sampler = plan.sampler()
-    key = plan.part_key("sample", rows_key(rows), sampler.settings(), count, seed, vars(policy))
+    key = plan.part_key("sample", rows_key(rows), sampler.settings(), count, seed, policy)
     parts = Parts(folder, len(batches), key)
     parts.claim()
     if parts.missing():
@@ -215,7 +216,7 @@ def empty(it: Iteration, dropped: dict[str, int], what: str) -> LlmkdError:
         f"no prompt of this iteration {what} ({it.facts['responses']} responses, dropped: {lost})",
         "truncated: raise max_new_tokens, or --drop_truncated false",
         "duplicate: raise temperature or num_responses",
-        "delete the iteration's folder and run the same command to sample again",
+        "such keys change the whole run: --overwrite_run true with them, or another --output_dir",
     )
 
 
@@ -272,7 +273,10 @@ def write_pairs(it: Iteration, pairs: list[dict[str, Any]]) -> None:
             pair[f"{name}_logps_1"], pair[f"{name}_logps_2"] = values[place]
     if plan.main:
         with whole_folder(target) as aside:
-            Dataset.from_list(pairs).save_to_disk(str(aside))
+            rows = Dataset.from_list(pairs)
+            for name in ("wins", "votes"):  # of scores alone they would be of no type
+                rows = rows.cast_column(name, Value("float64"))
+            rows.save_to_disk(str(aside))
     PartialState().wait_for_everyone()
 
 
@@ -282,9 +286,7 @@ def reference_log_probs(
     """Token sums (nats) of both responses of every pair under one policy, in parts."""
     plan, size = it.plan, SCORED_AT_ONCE
     batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
-    key = plan.part_key(
-        "reference", digest([[p["ids_1"], p["ids_2"]] for p in pairs]), vars(policy)
-    )
+    key = plan.part_key("reference", digest([[p["ids_1"], p["ids_2"]] for p in pairs]), policy)
     parts = Parts(it.folder / f"log_probs_{name}", len(batches), key)
     parts.claim()
     if parts.missing():
@@ -294,7 +296,7 @@ def reference_log_probs(
                 batch = batches[part]
                 prompts = [pair["prompt_ids"] for pair in batch] * 2
                 answers = [p["ids_1"] for p in batch] + [p["ids_2"] for p in batch]
-                found = log_probs(plan, model, prompts, answers).reshape(2, -1)
+                found = log_probs(plan, model, prompts, answers, as_trained=True).reshape(2, -1)
                 return [{"first": float(a), "second": float(b)} for a, b in found.T]
 
             run_all(plan, parts, make, f"{it.label}: log-probabilities, {name}")
@@ -302,8 +304,12 @@ def reference_log_probs(
     return [(row["first"], row["second"]) for row in parts.rows()]
 
 
-def log_probs(plan: Plan, model: Any, prompts: list[Any], answers: list[Any]) -> np.ndarray:
-    """Token sums (nats) of answers under a model that is at hand."""
+def log_probs(
+    plan: Plan, model: Any, prompts: list[Any], answers: list[Any], *, as_trained: bool = False
+) -> np.ndarray:
+    """Token sums (nats) of answers under a model that is at hand; `as_trained` with the rounding of
+    the training step, so that its first log-ratios are 0.
+    """
     args = plan.training
     return completion_log_probs(
         model,
@@ -312,6 +318,7 @@ def log_probs(plan: Plan, model: Any, prompts: list[Any], answers: list[Any]) ->
         batch_size=args.reference_batch_size or 2 * args.per_device_train_batch_size,
         device=plan.device,
         memory_mib=args.head_memory_mib,
+        autocast=torch.bfloat16 if as_trained and args.bf16 else None,
     )
 
 

@@ -86,8 +86,8 @@ class IrepoTrainer(SoftLabelTrainer):
         """Pairs and completion tokens of the whole step, over ranks and micro-batches, [2]."""
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batch_samples:
-            tokens = (batch["labels"] != IGNORE).sum()
-            counts += torch.stack((torch.tensor(len(batch["labels"])), tokens.cpu())).to(device)
+            counts[0] += len(batch["labels"])
+            counts[1] += (batch["labels"] != IGNORE).sum().to(device)
         return self.accelerator.reduce(counts, "sum") if batch_samples else None
 
     def tokens_of(self, items_in_step: Any) -> int:
