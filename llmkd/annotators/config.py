@@ -38,6 +38,7 @@ KINDS = {
     "judge": Kind("llmkd.annotators.judge", "JudgeAnnotator", "a causal LM on this machine"),
     "server": Kind("llmkd.annotators.server", "ServerAnnotator", "a model behind a server"),
     "human": Kind("llmkd.annotators.human", "HumanAnnotator", "a file that people filled in"),
+    "score": Kind("llmkd.annotators.score", "ScoreAnnotator", "a scorer trained by llmkd deqa"),
 }
 EXAMPLE = 'annotators: [{type: rule, function: "my_rules.py:score"}]'
 

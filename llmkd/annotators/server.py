@@ -64,7 +64,7 @@ class ServerAnnotator:
         s = self.settings
         self._client = Client(url, s.api_key_env, s.timeout, s.retries)
         self._cache = Cache(s.answers)
-        self._budget = Budget(s.answers, model, s.max_calls, s.max_tokens_spent)
+        self._budget = Budget(s.answers, self.name, s.max_calls, s.max_tokens_spent)
         self._lock = threading.Lock()
         self._failed: BaseException | None = None
         self._no_logprobs = s.use_logprobs == "false"
@@ -208,7 +208,7 @@ class ServerAnnotator:
             body["temperature"] = max(body["temperature"], RETRY_TEMPERATURE)
         if with_top:
             body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
-        key = digest({"body": body, "sample": sample, "again": again})
+        key = digest({"judge": self.name, "body": body, "sample": sample, "again": again})
         if (known := self._cache.get(key)) is not None:
             self._count(cached=1)
             return self._checked(known, with_top)

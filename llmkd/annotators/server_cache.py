@@ -70,17 +70,17 @@ class Cache:
 
 
 class Budget:
-    """Calls and tokens that may be spent on a model, together with all other processes and earlier
-    runs that have this cache folder.
+    """Calls and tokens that may be spent on a judge, by its name, together with all other processes
+    and earlier runs that have this cache folder.
     """
 
     def __init__(
-        self, folder: Path | None, model: str, max_calls: int | None, max_tokens: int | None
+        self, folder: Path | None, judge: str, max_calls: int | None, max_tokens: int | None
     ) -> None:
         self.calls = self.tokens = 0
         self.max_calls = math.inf if max_calls is None else max_calls
         self.max_tokens = math.inf if max_tokens is None else max_tokens
-        self._path = folder / f"spent-{digest(model)}.log" if folder else None
+        self._path = folder / f"spent-{digest(judge)}.log" if folder else None
         self._read = 0
         self._open = 0  # calls that are under way here
         self._lock = threading.Lock()

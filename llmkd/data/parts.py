@@ -34,7 +34,8 @@ class Parts:
     def claim(self) -> None:
         """Make the folder this job's, or find that it is; every rank may call it.
 
-        RunFolderError where it holds another job's parts or other files, or is a file.
+        RunFolderError where it holds another job's parts or other files, or is a file; a claim of
+        which no part came is taken over.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise RunFolderError.of("folder", str(self.folder), "is a file, not a folder")
@@ -45,6 +46,8 @@ class Parts:
                 problem = f"holds {strangers[0].name} but no {META}: nobody knows what made it"
                 raise RunFolderError.of("folder", str(self.folder), problem, "move it away")
             write_json(self.folder / META, wanted)
+        elif found != wanted and not any(self.folder.glob("part-*.jsonl")):
+            write_json(self.folder / META, wanted)  # claimed, but nothing came of it
         elif found != wanted:
             was = f"key {found.get('key')} in {found.get('parts')} parts"
             raise RunFolderError.of(

@@ -96,8 +96,8 @@ def slices(
         raise ValueError(f"{iterations} iterations of {per_iteration} prompts")
     if len(rows) < needed:
         raise DataError.of(
-            "prompts_per_iteration",
-            per_iteration,
+            "iterations" if per_iteration is None else "prompts_per_iteration",
+            iterations if per_iteration is None else per_iteration,
             f"{iterations} iterations need {needed} prompts; there are {len(rows)}",
             f"--prompts_per_iteration {len(rows) // iterations}"
             if len(rows) >= iterations

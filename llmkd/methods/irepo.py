@@ -29,6 +29,7 @@ def run(recipe: Recipe) -> Path:
     plan = Plan.of(recipe)
     plan.claim()
     plan.read()
+    plan.say_what_is_measured()
     with plan.run.held():
         plan.begin()
         plan.begin_run()

@@ -21,8 +21,14 @@ from llmkd.models.build import DTYPES
 from llmkd.models.sample import SamplingConfig
 from llmkd.trainers import IrepoConfig
 
-NO_PATHS = ("type", "name")  # keys of an annotator
-NEW_PATHS = ("file", "to_rate", "cache_dir")  # that may come to be while the run goes on
+# Keys of an annotator that name files, models in folders, and files that may come to be later.
+OLD_PATHS = ("function", "model", "models")
+NEW_PATHS = ("file", "to_rate", "cache_dir")
+# Keys of an annotator that decide no answer: a run goes on with others.
+NOT_ANSWERS = (
+    "url timeout retries concurrency max_calls max_tokens_spent api_key_env cache_dir batch_size "
+    "to_rate"
+).split()
 NOT_STARTS = ("output_dir", "overwrite_run", "arms", "push_to_hub", "hub_token")
 
 
@@ -143,7 +149,7 @@ def paths_inside(recipe: Recipe) -> dict[str, str]:
     for key in ("annotators", "held_out_annotators"):
         for place, entry in enumerate(recipe.settings[key] or []):
             for name, value in entry.items() if isinstance(entry, dict) else ():
-                if name in NO_PATHS:
+                if name not in _path_keys(entry):
                     continue
                 many = isinstance(value, list)
                 for number, one in enumerate(value if many else [value]):
@@ -164,7 +170,7 @@ def _absolute_entry(entry: Any) -> Any:
         return entry
     found = {}
     for key, value in entry.items():
-        if key in NO_PATHS:
+        if key not in _path_keys(entry):
             found[key] = value
         elif key in NEW_PATHS and isinstance(value, str) and value:
             found[key] = str(Path(value).expanduser().absolute())
@@ -173,6 +179,21 @@ def _absolute_entry(entry: Any) -> Any:
         else:
             found[key] = _absolute(value)
     return found
+
+
+def _path_keys(entry: dict[str, Any]) -> tuple[str, ...]:
+    """The keys of an annotator that may be paths; a server's model is a name of its own."""
+    return NEW_PATHS if entry.get("type") == "server" else OLD_PATHS + NEW_PATHS
+
+
+def answer_settings(entries: Any) -> Any:
+    """Annotators as far as they decide answers: without addresses, budgets and patience."""
+    if not isinstance(entries, list):
+        return entries
+    return [
+        {k: v for k, v in one.items() if k not in NOT_ANSWERS} if isinstance(one, dict) else one
+        for one in entries
+    ]
 
 
 def _absolute(value: Any) -> Any:
@@ -220,6 +241,10 @@ def check_recipe(recipe: Recipe) -> None:
     if not given and sampling.num_responses < 2:
         raise RecipeError.of(
             "num_responses", sampling.num_responses, "two responses are needed to make a pair"
+        )
+    if not given and sampling.top_k == 1:
+        raise RecipeError.of(
+            "top_k", 1, "leaves one token to draw: no two responses differ", "0 is off"
         )
     held_out_annotators(annotators, loop)
     if training.push_to_hub:

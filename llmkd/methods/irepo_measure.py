@@ -15,15 +15,15 @@ from llmkd.files import read_json, write_json, write_text
 from llmkd.labels.pairs import from_json
 from llmkd.labels.preference import Scores
 from llmkd.methods.irepo_plan import Plan
-from llmkd.methods.irepo_policy import Policy, answering
+from llmkd.methods.irepo_policy import Policy
 from llmkd.methods.irepo_sample import (
     Iteration,
     annotate_parts,
     clock,
     combined,
-    log_probs,
     sample_parts,
 )
+from llmkd.methods.irepo_scores import policy_log_probs
 
 HELD_OUT_SEED = 7_000_003  # one for all iterates, so that they are compared on equal luck
 
@@ -69,29 +69,20 @@ def _held_out(it: Iteration, policy: Policy, rows: list[dict[str, Any]]) -> dict
 def _divergence(it: Iteration, policy: Policy, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """KL of the iterate to the start and to the iterate before, on its own fresh samples."""
     plan, start = it.plan, it.plan.start
-    path, asked = it.folder / "held_out_kl.json", {"initial": start, "previous": it.policy}
-    known = read_json(path)
-    key = plan.part_key("kl", [row["ids"] for row in rows], policy)
-    if known is not None and known.pop("key", None) == key:
-        return known
-    prompts = [row["prompt_ids"] for row in rows for _ in row["ids"]]
-    answers = [ids for row in rows for ids in row["ids"]]
+    assert start is not None
+    asked = [(row["prompt_ids"], ids) for row in rows for ids in row["ids"]]
     sums: dict[Policy, np.ndarray] = {}
-    for one in (policy, *asked.values()):
-        assert one is not None
+    for name, one in (("own", policy), ("initial", start), ("previous", it.policy)):
         if one not in sums:
-            with answering(one, plan.policy, plan.device) as model:
-                sums[one] = log_probs(plan, model, prompts, answers)
-    lengths = np.array([len(one) for one in answers])
+            folder = it.folder / f"held_out_log_probs_{name}"
+            label = f"{it.label}: log-probabilities of held-out responses, {name}"
+            sums[one] = policy_log_probs(plan, folder, asked, one, label)
+    lengths = np.array([len(ids) for _, ids in asked])
     numbers = [row["row"] for row in rows for _ in row["ids"]]
-    found = {
+    return {
         f"kl_{name}": kl_on_samples(sums[policy], sums[one], lengths, numbers)
-        for name, one in asked.items()
-        if one is not None
+        for name, one in (("initial", start), ("previous", it.policy))
     }
-    if plan.main:
-        write_json(path, {"key": key, **found})
-    return found
 
 
 def _verdicts(it: Iteration, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -106,6 +97,8 @@ def _verdicts(it: Iteration, rows: list[dict[str, Any]]) -> dict[str, Any]:
     said = _said(it, items, annotators)
     tables = {item.row: combined(plan, answer) for item, answer in zip(items, said, strict=True)}
     scores = {item.row: _scores(answer) for item, answer in zip(items, said, strict=True)}
+    if any(one is not None for one in scores.values()):
+        scores |= _scores_of_the_same(it, rows, places, slots, annotators)
     found, lines = {}, []
     for name in others:
         logits = []
@@ -134,7 +127,7 @@ def _verdicts(it: Iteration, rows: list[dict[str, Any]]) -> dict[str, Any]:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_text(it.folder / "held_out_verdicts.jsonl", text)
     rewards = [line["score"] for line in lines if line["against"] == "start"]
-    scored = [value for value in rewards if value is not None]  # None: as the start said it
+    scored = [value for value in rewards if value is not None]
     return found | ({"reward": reward_mean(scored)} if scored else {})
 
 
@@ -144,6 +137,30 @@ def _said(it: Iteration, items: list[Item], annotators: list[Annotator]) -> list
         return []
     folder, label = it.folder / "held_out_annotations", f"{it.label}: judging held-out responses"
     return list(annotate_parts(it.plan, folder, items, annotators, label).rows())
+
+
+def _scores_of_the_same(
+    it: Iteration,
+    rows: list[dict[str, Any]],
+    places: list[dict[str, tuple[int, str]]],
+    slots: list[tuple[int, int]],
+    annotators: list[Annotator],
+) -> dict[int, np.ndarray | None]:
+    """Scores where the iterate, the start and the one before say the same: asked beside another
+    prompt's response, since a question has two.
+    """
+    texts = {slot: place["new"][1] for slot, place in enumerate(places)}
+    alike = [s for s, place in enumerate(places) if all(at == 0 for at, _ in place.values())]
+    prompts, items = {row["row"]: row["prompt"] for row in rows}, []
+    for slot in alike:
+        other = next((t for t in texts.values() if t.strip() and t != texts[slot]), None)
+        if other is not None:
+            items.append(Item(slot, prompts[slots[slot][0]], (texts[slot], other)))
+    if not items:
+        return {}
+    folder, label = it.folder / "held_out_scores", f"{it.label}: scoring unchanged responses"
+    said = annotate_parts(it.plan, folder, items, annotators, label).rows()
+    return {item.row: _scores(answer) for item, answer in zip(items, said, strict=True)}
 
 
 def _rows_of(plan: Plan, number: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -191,10 +208,12 @@ def _summary(it: Iteration) -> list[dict[str, Any]]:
 def _warnings(metrics: dict[str, Any]) -> list[str]:
     found = []
     for one in metrics["annotators"]:
-        if (one.get("first_share") or 0.0) > ALWAYS:
+        share = one.get("first_share")
+        if share is not None and max(share, 1 - share) > ALWAYS:
+            which, often = ("first", share) if share > 0.5 else ("second", 1 - share)
             found.append(
-                f"{one['name']} prefers whichever response it is shown first in "
-                f"{one['first_share']:.0%} of its questions; both orders cancel out, little is left"
+                f"{one['name']} prefers whichever response it is shown {which} in {often:.0%} of "
+                "its questions; both orders cancel out, little is left"
             )
     dropped = metrics.get("dropped") or {}
     total = metrics.get("responses") or 0

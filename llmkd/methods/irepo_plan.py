@@ -22,6 +22,7 @@ from llmkd.methods.irepo_config import (
     PATH_KEYS,
     LoopConfig,
     PolicyConfig,
+    answer_settings,
     held_out_annotators,
     paths_inside,
     start_recipe,
@@ -122,6 +123,8 @@ class Plan:
         number of prompts.
         """
         found = dict(self.recipe.settings)
+        for key in ("annotators", "held_out_annotators"):
+            found[key] = answer_settings(found[key])
         if self.loop.prompts_per_iteration is not None:
             found.pop("iterations")
         return found
@@ -155,6 +158,7 @@ class Plan:
             fingerprint = model_fingerprint(source, commit)
         check_vocabulary(config.get_text_config(), self.tokenizer, key)
         window = getattr(config.get_text_config(), "max_position_embeddings", None)
+        window = min((w for w in (window, self.training.max_length) if w), default=None)
         check_room(1, window, self.sampling.max_new_tokens)
         room = None if window is None else window - self.sampling.max_new_tokens
         with PartialState().main_process_first():
@@ -187,6 +191,12 @@ class Plan:
         fits = [r for r in rows.values() if room is None or len(r["prompt_ids"]) <= room]
         dropped = {"long": len(rows) - len(fits)}
         return PromptRows([], fits, self.pairs.fingerprint, dropped)
+
+    def say_what_is_measured(self) -> None:
+        """A word where nothing is held out: nobody then knows what the run was worth."""
+        if self.prompts is not None and not self.prompts.held_out:
+            key = "held_out_pairs" if self.given else "held_out_prompts"
+            self.say(f"nothing is held out: no win rate, no KL will be measured (--{key} 64)")
 
     def start_recipe(self) -> Recipe:
         """The recipe of llmkd salt that makes the start policy."""

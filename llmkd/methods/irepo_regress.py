@@ -9,11 +9,12 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from datasets import Dataset, load_from_disk
+from transformers import set_seed
 from trl import get_peft_config
 
 from llmkd.files import digest, move_into
 from llmkd.methods.irepo_policy import Policy, load_policy
-from llmkd.methods.irepo_sample import Iteration, clock, write_pairs
+from llmkd.methods.irepo_sample import Iteration, check_not_all_ties, clock, write_pairs
 from llmkd.methods.run_folder import RunFolder, check_room, result_settings
 from llmkd.methods.steps import global_batch
 from llmkd.methods.train_folder import begin_or_reuse, disk_needed, final_scores, train_in
@@ -61,6 +62,7 @@ def given_pairs(it: Iteration) -> None:
         "responses": 2 * len(rows),
         "label": given.label,
     }
+    check_not_all_ties(rows)
     with clock(it, "reference"):
         write_pairs(it, rows)
 
@@ -107,6 +109,7 @@ def make_trainer(one: Regression) -> IrepoTrainer:
     check_room(one.folder, disk_needed(0 if one.adapts else size, one.args))
     fresh = one.adapts and policy.adapter is None
     given = plan.pairs
+    set_seed(one.args.seed)  # a fresh adapter is drawn before the trainer sets its seed
     trainer = IrepoTrainer(
         model,
         one.args,

@@ -11,24 +11,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from accelerate import PartialState
-from datasets import Dataset, Value
+from datasets import Dataset, Features, Value
 from trl import get_quantization_config
 
 from llmkd.annotators.base import Annotator, Item
 from llmkd.annotators.checks import checked
-from llmkd.data.parts import Parts, run_parts
+from llmkd.data.parts import Parts
 from llmkd.data.screen import screen
 from llmkd.errors import DataError, LlmkdError, RunFolderError
 from llmkd.files import digest, read_json, whole_folder, write_json
 from llmkd.labels.pairs import choose_pairs, combine, from_json, to_json
 from llmkd.methods.irepo_plan import Plan
-from llmkd.methods.irepo_policy import Policy, answering
-from llmkd.models.log_probs import completion_log_probs
+from llmkd.methods.irepo_policy import Policy
+from llmkd.methods.irepo_scores import policy_log_probs, run_all
 
 ANNOTATED_AT_ONCE = 16  # prompts in one part of an annotation
-SCORED_AT_ONCE = 128  # pairs in one part of reference log-probabilities
 
 
 @dataclass
@@ -90,13 +88,6 @@ def sample_parts(
     run_all(plan, parts, make, f"{folder.parent.name}: sampling")
     sampler.release()
     return parts
-
-
-def run_all(plan: Plan, parts: Parts, make: Any, label: str) -> None:
-    """The missing parts, shared by the ranks; all ranks leave together."""
-    quiet = bool(plan.training.disable_tqdm)
-    run_parts(parts, make, rank=plan.rank, world=plan.world, label=label, say=plan.say, quiet=quiet)
-    PartialState().wait_for_everyone()
 
 
 def rows_key(rows: list[dict[str, Any]]) -> str:
@@ -188,6 +179,12 @@ def collect_pairs(it: Iteration) -> None:
     it.facts["prompts_without_pair"] = len(rows) - len({pair["row"] for pair in chosen})
     if not chosen:
         raise empty(it, dropped, "gave a pair: the annotators answered no question")
+    lost = ", ".join(f"{number} {name}" for name, number in dropped.items())
+    plan.say(
+        f"{it.label}: {len(rows)} prompts, {it.facts['responses']} responses (dropped: {lost}), "
+        f"{len(chosen)} pairs"
+    )
+    check_not_all_ties(chosen)
     with clock(it, "reference"):
         write_pairs(it, chosen)
 
@@ -207,6 +204,17 @@ def screened(plan: Plan, rows: list[dict[str, Any]]) -> tuple[list[Item], dict[s
     return items, dict(dropped)
 
 
+def check_not_all_ties(pairs: list[dict[str, Any]]) -> None:
+    """DataError where every pair is a tie: regressing on that keeps the policy where it is."""
+    if all(abs(pair["pref_logit"]) < 1e-9 for pair in pairs):
+        raise DataError.of(
+            "pref_logit",
+            0.0,
+            f"all {len(pairs)} pairs are ties: nothing can be learnt from them",
+            "does the annotator tell responses apart? `llmkd judge` asks it about rated pairs",
+        )
+
+
 def empty(it: Iteration, dropped: dict[str, int], what: str) -> LlmkdError:
     """The error of an iteration that has nothing to regress on."""
     lost = ", ".join(f"{count} {name}" for name, count in dropped.items())
@@ -216,6 +224,7 @@ def empty(it: Iteration, dropped: dict[str, int], what: str) -> LlmkdError:
         f"no prompt of this iteration {what} ({it.facts['responses']} responses, dropped: {lost})",
         "truncated: raise max_new_tokens, or --drop_truncated false",
         "duplicate: raise temperature or num_responses",
+        "empty: the policy ends at once; look at the chat template, or at its training",
         "such keys change the whole run: --overwrite_run true with them, or another --output_dir",
     )
 
@@ -263,63 +272,26 @@ def write_pairs(it: Iteration, pairs: list[dict[str, Any]]) -> None:
     plan, target = it.plan, it.folder / "pairs"
     start = plan.start
     assert start is not None
-    previous = reference_log_probs(it, pairs, it.policy, "previous")
-    initial = previous
-    if it.policy != start:
-        initial = reference_log_probs(it, pairs, start, "initial")
+    rows = [(pair["prompt_ids"], pair[name]) for pair in pairs for name in ("ids_1", "ids_2")]
+
+    def under(policy: Policy, name: str) -> list[list[float]]:
+        folder, label = it.folder / f"log_probs_{name}", f"{it.label}: log-probabilities, {name}"
+        found = policy_log_probs(plan, folder, rows, policy, label, as_trained=True)
+        return found.reshape(-1, 2).tolist()
+
+    previous = under(it.policy, "previous")
+    initial = previous if it.policy == start else under(start, "initial")
     reference = previous if plan.training.reference == "previous" else initial
     for place, pair in enumerate(pairs):
         for name, values in (("ref", reference), ("initial", initial)):
             pair[f"{name}_logps_1"], pair[f"{name}_logps_2"] = values[place]
     if plan.main:
         with whole_folder(target) as aside:
-            rows = Dataset.from_list(pairs)
-            for name in ("wins", "votes"):  # of scores alone they would be of no type
-                rows = rows.cast_column(name, Value("float64"))
-            rows.save_to_disk(str(aside))
+            # of scores alone, the votes would be of no type
+            typed = dict.fromkeys(("wins", "votes"), Value("float64"))
+            features = Features({**Dataset.from_list(pairs).features, **typed})
+            Dataset.from_list(pairs, features=features).save_to_disk(str(aside))
     PartialState().wait_for_everyone()
-
-
-def reference_log_probs(
-    it: Iteration, pairs: list[dict[str, Any]], policy: Policy, name: str
-) -> list[tuple[float, float]]:
-    """Token sums (nats) of both responses of every pair under one policy, in parts."""
-    plan, size = it.plan, SCORED_AT_ONCE
-    batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
-    key = plan.part_key("reference", digest([[p["ids_1"], p["ids_2"]] for p in pairs]), policy)
-    parts = Parts(it.folder / f"log_probs_{name}", len(batches), key)
-    parts.claim()
-    if parts.missing():
-        with answering(policy, plan.policy, plan.device) as model:
-
-            def make(part: int) -> list[dict[str, Any]]:
-                batch = batches[part]
-                prompts = [pair["prompt_ids"] for pair in batch] * 2
-                answers = [p["ids_1"] for p in batch] + [p["ids_2"] for p in batch]
-                found = log_probs(plan, model, prompts, answers, as_trained=True).reshape(2, -1)
-                return [{"first": float(a), "second": float(b)} for a, b in found.T]
-
-            run_all(plan, parts, make, f"{it.label}: log-probabilities, {name}")
-    PartialState().wait_for_everyone()
-    return [(row["first"], row["second"]) for row in parts.rows()]
-
-
-def log_probs(
-    plan: Plan, model: Any, prompts: list[Any], answers: list[Any], *, as_trained: bool = False
-) -> np.ndarray:
-    """Token sums (nats) of answers under a model that is at hand; `as_trained` with the rounding of
-    the training step, so that its first log-ratios are 0.
-    """
-    args = plan.training
-    return completion_log_probs(
-        model,
-        prompts,
-        answers,
-        batch_size=args.reference_batch_size or 2 * args.per_device_train_batch_size,
-        device=plan.device,
-        memory_mib=args.head_memory_mib,
-        autocast=torch.bfloat16 if as_trained and args.bf16 else None,
-    )
 
 
 @contextmanager

@@ -107,8 +107,8 @@ class SamplingConfig:
                 "temperature",
                 self.temperature,
                 f"greedy decoding says the same {self.num_responses} times",
-                "--num_responses 1",
                 "a temperature above 0; 1 samples from the policy itself",
+                "--num_responses 1, where one response is enough",
             )
 
     def _check_warps(self) -> None:

@@ -95,10 +95,11 @@ class SoftLabelTrainer(Trainer):
         number = float(value)
         if not math.isfinite(number):
             rate, rows = self._get_learning_rate(), self._rows_in_step or "not numbered"
+            kept = "  - the last good checkpoint is kept; the same command goes on from it\n"
             raise NonFiniteError(
                 f"{what} is {number} at step {self.state.global_step + 1} "
                 f"(learning rate {rate:.3g}, rows {rows})\n"
-                "  - the last good checkpoint is kept; the same command goes on from it\n"
+                f"{kept if self.state.global_step else ''}"
                 "  - lower learning_rate, raise warmup_steps, or set bf16 instead of fp16\n"
                 "  - look at the rows above: one may hold broken text"
             )

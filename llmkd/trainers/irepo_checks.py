@@ -89,8 +89,8 @@ def warn_of_hard_labels(rows: Any, args: IrepoConfig) -> None:
     else:
         return
     logger.warning(
-        "pref_logit: all %d pairs have |logit| = %.4g: hard labels, clipped. %s: nothing soft is "
-        "learnt from them. Votes or scores make soft labels.",
+        "pref_logit: all %d pairs have |logit| = %.4g, as hard labels have once they are clipped. "
+        "%s: how sure each preference is plays no part. Votes or scores tell pairs apart.",
         len(rows),
         size,
         means,

@@ -102,6 +102,9 @@ class IrepoConfig(TrainingArguments):
             value = getattr(self, key)
             if value is not None and not 0 < value < float("inf"):
                 raise RecipeError.of(key, value, "must be above 0, and finite")
+        for key in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+            if not 0 <= float(getattr(self, key) or 0.0) < float("inf"):
+                raise RecipeError.of(key, getattr(self, key), "must be a number, at least 0")
         if self.beta is None:
             raise RecipeError.of("beta", None, "must be a number above 0", "default: 0.1")
         self._check_options()
