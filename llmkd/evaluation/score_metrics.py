@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.special import expit, rel_entr
-from scipy.stats import kendalltau, rankdata
+from scipy.stats import kendalltau
 
 from llmkd.errors import DataError
 from llmkd.labels.score_stats import Levels, check_probs
@@ -89,64 +89,113 @@ class Scored:
         return Scored(mean_N, std_N, probs_NL)
 
 
-Measure = Callable[[Scored, Scored, np.ndarray], float]
+# How often each row counts, [N] -> the metric; UndefinedError where those rows do not define it.
+Weighted = Callable[[np.ndarray], float]
+Ready = Callable[[Scored, Scored, np.ndarray], Weighted]
 Rows = Callable[[Scored, Scored, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreMetric:
-    """`measure(pred, human, values_L)`, or `rows` of the same, [N], NaN for rows left out.
+    """`ready(pred, human, values_L)` does once what all resamples share and gives the metric as a
+    function of how often each row counts. `rows` is of metrics that are a mean of rows: [N], NaN
+    for rows left out.
 
-    `needs` beside means; `prepare` is done to the predictions once, before resampling; `slow` are
-    those of which a thousand resamples of many rows take minutes.
+    `needs` beside means; `slow` are those of which a thousand resamples of many rows take minutes.
     """
 
     name: str
     higher_is_better: bool
-    measure: Measure
+    ready: Ready
     rows: Rows | None = None
     needs: tuple[Part, ...] = ()
-    prepare: Callable[[Scored, Scored], Scored] | None = None
     slow: bool = False
 
     def missing(self, pred: Scored, human: Scored) -> str:
         """What the inputs lack for this metric, in words; empty where nothing."""
         for part in self.needs:
             for who, one in (("predictions", pred), ("people", human)):
-                if getattr(one, f"{part}_N" if part == "std" else "probs_NL") is None:
+                if (one.std_N if part == "std" else one.probs_NL) is None:
                     return f"the {who} have no {part}"
         return ""
+
+    def value(self, pred: Scored, human: Scored, values_L: np.ndarray) -> float:
+        """On all rows, each once."""
+        return self.ready(pred, human, values_L)(np.ones(len(pred.mean_N)))
 
 
 def pearson(x_N: np.ndarray, y_N: np.ndarray) -> float:
     """Pearson's correlation; UndefinedError for fewer than two rows or a constant side."""
-    _varies(x_N, y_N)
-    x_N, y_N = x_N - x_N.mean(), y_N - y_N.mean()
-    x_N, y_N = x_N / np.abs(x_N).max(), y_N / np.abs(y_N).max()
-    return float(np.clip(x_N @ y_N / np.sqrt((x_N @ x_N) * (y_N @ y_N)), -1.0, 1.0))
+    return _pearson(x_N, y_N)(np.ones(len(x_N)))
 
 
 def spearman(x_N: np.ndarray, y_N: np.ndarray) -> float:
     """Pearson's of the ranks, ties at their mean rank."""
-    _varies(x_N, y_N)
-    return pearson(rankdata(x_N), rankdata(y_N))
+    return _spearman(x_N, y_N)(np.ones(len(x_N)))
 
 
 def kendall(x_N: np.ndarray, y_N: np.ndarray) -> float:
     """Kendall's tau-b."""
-    _varies(x_N, y_N)
-    return float(kendalltau(x_N, y_N).statistic)
+    return _kendall(x_N, y_N)(np.ones(len(x_N)))
 
 
 def quadratic_kappa(pred_N: np.ndarray, human_N: np.ndarray, values_L: np.ndarray) -> float:
     """Cohen's kappa with quadratic weights of the nearest levels, weights by the levels' order:
     1 - E(i - j)^2 / (what independent answers with the same shares would have).
     """
+    return _kappa(pred_N, human_N, values_L)(np.ones(len(pred_N)))
+
+
+def _pearson(x_N: np.ndarray, y_N: np.ndarray) -> Weighted:
+    _varies(x_N, y_N)
+    x_N, y_N = ((side_N - side_N.mean()) / np.ptp(side_N) for side_N in (x_N, y_N))
+    return lambda w_N: _weighted_pearson(x_N, y_N, w_N)
+
+
+def _weighted_pearson(x_N: np.ndarray, y_N: np.ndarray, w_N: np.ndarray) -> float:
+    """Of sides with a spread near one."""
+    x_N, y_N = (side_N - w_N @ side_N / w_N.sum() for side_N in (x_N, y_N))
+    spread_x, spread_y = w_N @ x_N**2, w_N @ y_N**2
+    if min(spread_x, spread_y) <= SAME**2 * w_N.sum():
+        raise UndefinedError("one side is constant on these rows")
+    return float(np.clip((w_N * x_N) @ y_N / np.sqrt(spread_x * spread_y), -1.0, 1.0))
+
+
+def _spearman(x_N: np.ndarray, y_N: np.ndarray) -> Weighted:
+    _varies(x_N, y_N)
+    code_x_N, code_y_N = (np.unique(side_N, return_inverse=True)[1] for side_N in (x_N, y_N))
+
+    def ranks(code_N: np.ndarray, w_N: np.ndarray) -> np.ndarray:
+        times_G = np.bincount(code_N, weights=w_N)  # groups of ties, ascending
+        return ((np.cumsum(times_G) - 0.5 * times_G) / w_N.sum())[code_N]
+
+    return lambda w_N: _weighted_pearson(ranks(code_x_N, w_N), ranks(code_y_N, w_N), w_N)
+
+
+def _kendall(x_N: np.ndarray, y_N: np.ndarray) -> Weighted:
+    _varies(x_N, y_N)
+
+    def weighted(w_N: np.ndarray) -> float:
+        rows = np.repeat(np.arange(len(w_N)), w_N.astype(np.int64))
+        tau = float(np.asarray(kendalltau(x_N[rows], y_N[rows])[0]))
+        if np.isnan(tau):
+            raise UndefinedError("one side is constant on these rows")
+        return tau
+
+    return weighted
+
+
+def _kappa(pred_N: np.ndarray, human_N: np.ndarray, values_L: np.ndarray) -> Weighted:
     i_N, j_N = (_nearest(side_N, values_L).astype(np.float64) for side_N in (pred_N, human_N))
-    chance = (i_N**2).mean() + (j_N**2).mean() - 2.0 * i_N.mean() * j_N.mean()
-    if not chance > 0:
-        raise UndefinedError("both name one and the same level everywhere")
-    return float(1.0 - ((i_N - j_N) ** 2).mean() / chance)
+
+    def weighted(w_N: np.ndarray) -> float:
+        share_N = w_N / w_N.sum()
+        chance = share_N @ (i_N**2 + j_N**2) - 2.0 * (share_N @ i_N) * (share_N @ j_N)
+        if not chance > SAME:
+            raise UndefinedError("both name one and the same level everywhere")
+        return float(1.0 - share_N @ (i_N - j_N) ** 2 / chance)
+
+    return weighted
 
 
 def logistic(x: np.ndarray, top: float, bottom: float, middle: float, width: float) -> np.ndarray:
@@ -222,35 +271,42 @@ def _error(pred: Scored, human: Scored, values_L: np.ndarray) -> np.ndarray:
     return np.abs(pred.mean_N - human.mean_N)
 
 
-def _mean_of(rows: Rows) -> Measure:
-    def measure(pred: Scored, human: Scored, values_L: np.ndarray) -> float:
+def _mean_of(rows: Rows) -> Ready:
+    def ready(pred: Scored, human: Scored, values_L: np.ndarray) -> Weighted:
         row_N = rows(pred, human, values_L)
-        kept_N = row_N[~np.isnan(row_N)]
-        if not len(kept_N):
-            raise UndefinedError("no row has what it takes (a std above 0 on both sides)")
-        return float(kept_N.mean())
+        kept_N = ~np.isnan(row_N)
+        row_M = row_N[kept_N]
 
-    return measure
+        def weighted(w_N: np.ndarray) -> float:
+            w_M = w_N[kept_N]
+            if not w_M.sum() > 0:
+                raise UndefinedError("no row has what it takes (a std above 0 on both sides)")
+            return float(w_M @ row_M / w_M.sum())
+
+        return weighted
+
+    return ready
 
 
-def _of_means(function: Callable[[np.ndarray, np.ndarray], float]) -> Measure:
+def _of_means(function: Callable[[np.ndarray, np.ndarray], Weighted]) -> Ready:
     return lambda pred, human, values_L: function(pred.mean_N, human.mean_N)
 
 
-def _of_stds(function: Callable[[np.ndarray, np.ndarray], float]) -> Measure:
+def _of_stds(function: Callable[[np.ndarray, np.ndarray], Weighted]) -> Ready:
     return lambda pred, human, values_L: function(_std(pred), _std(human))
 
 
-def _rmse(pred: Scored, human: Scored, values_L: np.ndarray) -> float:
-    return float(np.sqrt(np.mean((pred.mean_N - human.mean_N) ** 2)))
+def _rmse(pred: Scored, human: Scored, values_L: np.ndarray) -> Weighted:
+    square_N = (pred.mean_N - human.mean_N) ** 2
+    return lambda w_N: float(np.sqrt(w_N @ square_N / w_N.sum()))
 
 
-def _qwk(pred: Scored, human: Scored, values_L: np.ndarray) -> float:
-    return quadratic_kappa(pred.mean_N, human.mean_N, values_L)
+def _qwk(pred: Scored, human: Scored, values_L: np.ndarray) -> Weighted:
+    return _kappa(pred.mean_N, human.mean_N, values_L)
 
 
-def _fitted(pred: Scored, human: Scored) -> Scored:
-    return Scored(logistic_fit(pred.mean_N, human.mean_N))
+def _fitted(pred_N: np.ndarray, human_N: np.ndarray) -> Weighted:
+    return _pearson(logistic_fit(pred_N, human_N), human_N)
 
 
 def _by_row(name: str, rows: Rows, *needs: Part) -> ScoreMetric:
@@ -260,15 +316,15 @@ def _by_row(name: str, rows: Rows, *needs: Part) -> ScoreMetric:
 SCORE_METRICS: dict[str, ScoreMetric] = {
     metric.name: metric
     for metric in (
-        ScoreMetric("plcc", True, _of_means(pearson)),
-        ScoreMetric("plcc_logistic", True, _of_means(pearson), prepare=_fitted),
-        ScoreMetric("srcc", True, _of_means(spearman)),
-        ScoreMetric("krcc", True, _of_means(kendall), slow=True),
+        ScoreMetric("plcc", True, _of_means(_pearson)),
+        ScoreMetric("plcc_logistic", True, _of_means(_fitted)),
+        ScoreMetric("srcc", True, _of_means(_spearman)),
+        ScoreMetric("krcc", True, _of_means(_kendall), slow=True),
         _by_row("mae", _error),
         ScoreMetric("rmse", False, _rmse),
         ScoreMetric("qwk", True, _qwk),
-        ScoreMetric("std_plcc", True, _of_stds(pearson), needs=("std",)),
-        ScoreMetric("std_srcc", True, _of_stds(spearman), needs=("std",)),
+        ScoreMetric("std_plcc", True, _of_stds(_pearson), needs=("std",)),
+        ScoreMetric("std_srcc", True, _of_stds(_spearman), needs=("std",)),
         _by_row("kl", discrete_kl, "probs"),
         _by_row("js", discrete_js, "probs"),
         _by_row("wasserstein", discrete_wasserstein, "probs"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from llmkd.evaluation.score_metrics import (
     Scored,
     ScoreMetric,
     UndefinedError,
+    Weighted,
 )
 from llmkd.labels.score_stats import Levels
 from llmkd.objectives.registry import near_names
@@ -129,54 +131,39 @@ def measured(
     level: float = 0.95,
 ) -> Measured:
     """One metric with its interval, or None with the reason."""
-    missing = metric.missing(pred, human)
-    if missing:
-        return Measured(None, words=missing)
+    rows, words = len(pred.mean_N), ""
     try:
-        if metric.prepare is not None:
-            pred = metric.prepare(pred, human)
-        value = metric.measure(pred, human, values_L)
+        weighted = _ready(metric, pred, human, values_L)
+        value = weighted(np.ones(rows))
     except UndefinedError as why:
         return Measured(None, words=str(why))
-    rows, words = len(pred.mean_N), ""
     if metric.rows is not None:
-        row_N = metric.rows(pred, human, values_L)
-        left = int(np.isnan(row_N).sum())
+        left = int(np.isnan(metric.rows(pred, human, values_L)).sum())
         words = f"{left} of {rows} rows left out: a std of 0" if left else ""
     if not draws or rows < 2:
         return Measured(value, words=words)
     if metric.slow and rows * draws > SLOW:
         return Measured(value, words="no interval: too many rows to resample")
-    found_D = _resampled(metric, pred, human, values_L, draws, np.random.default_rng(seed))
-    if len(found_D) < LEAST * draws:
+    make, found = np.random.default_rng(seed), []
+    for _ in range(draws):
+        with suppress(UndefinedError):
+            found.append(weighted(_drawn(rows, make)))
+    if len(found) < LEAST * draws:
         return Measured(value, words="no interval: undefined in most resamples")
-    low, high = np.quantile(found_D, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return Measured(value, float(low), float(high), words)
 
 
-def _resampled(
-    metric: ScoreMetric,
-    pred: Scored,
-    human: Scored,
-    values_L: np.ndarray,
-    draws: int,
-    make: np.random.Generator,
-) -> np.ndarray:
-    """The metric of resampled rows, for those draws that define it."""
-    rows = len(pred.mean_N)
-    row_N = None if metric.rows is None else metric.rows(pred, human, values_L)
-    if row_N is not None:
-        row_N = row_N[~np.isnan(row_N)]
-        size = len(row_N)
-        return np.array([row_N[make.integers(size, size=size)].mean() for _ in range(draws)])
-    found = []
-    for _ in range(draws):
-        drawn = make.integers(rows, size=rows)
-        try:
-            found.append(metric.measure(pred.take(drawn), human.take(drawn), values_L))
-        except UndefinedError:
-            continue
-    return np.array(found)
+def _ready(metric: ScoreMetric, pred: Scored, human: Scored, values_L: np.ndarray) -> Weighted:
+    missing = metric.missing(pred, human)
+    if missing:
+        raise UndefinedError(missing)
+    return metric.ready(pred, human, values_L)
+
+
+def _drawn(rows: int, make: np.random.Generator) -> np.ndarray:
+    """How often each row is drawn in as many draws with replacement as there are rows."""
+    return np.bincount(make.integers(rows, size=rows), minlength=rows).astype(np.float64)
 
 
 def score_reliability(pred: Scored, human: Scored, bins: int = BINS) -> Reliability:
@@ -218,61 +205,43 @@ def paired_scores(
         raise DataError.of("seeds", (len(a), len(b)), "both arms need the same seeds, at least one")
     if draws < 1 or not 0 < level < 1:
         raise RecipeError.of("draws, level", (draws, level), "needs draws >= 1, 0 < level < 1")
-    arms = [_prepared(chosen, arm, human, values_L) for arm in (a, b)]
     sign = 1.0 if chosen.higher_is_better else -1.0
     settings = {"draws": draws, "seed": seed, "level": level}
+    rows = len(human.mean_N)
+    arms = [_ready_arm(chosen, arm, human, values_L) for arm in (a, b)]
     if chosen.rows is not None:
-        table_ASN = np.array([[chosen.rows(one, human, values_L) for one in arm] for arm in arms])
+        table_ASN = np.array([[chosen.rows(one, human, values_L) for one in arm] for arm in (a, b)])
         kept_N = ~np.isnan(table_ASN).any((0, 1))
         return paired_difference(*(sign * table_ASN[:, :, kept_N]), **settings)
-    everything = np.arange(len(human.mean_N))
-    gap_S = sign * _gaps(chosen, arms, human, values_L, everything)
-    make = np.random.default_rng(seed)
-    times_DS = make.multinomial(len(a), np.full(len(a), 1 / len(a)), size=draws)
-    found = []
-    for times_S in times_DS:
-        rows = make.integers(len(everything), size=len(everything))
-        try:
-            found.append(sign * _gaps(chosen, arms, human, values_L, rows) @ times_S / len(a))
-        except UndefinedError:
-            continue
+    gap_S = sign * _gaps(arms, np.ones(rows))
+    make, found = np.random.default_rng(seed), []
+    for times_S in make.multinomial(len(a), np.full(len(a), 1 / len(a)), size=draws):
+        with suppress(UndefinedError):
+            found.append(sign * _gaps(arms, _drawn(rows, make)) @ times_S / len(a))
     if len(found) < LEAST * draws:
         raise DataError.of("metric", metric, "is not defined in most resamples", "more rows")
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return PairedDifference(float(gap_S.mean()), float(low), float(high), tuple(gap_S.tolist()))
 
 
-def _prepared(
+def _ready_arm(
     metric: ScoreMetric, arm: Sequence[Scored], human: Scored, values_L: np.ndarray
-) -> list[Scored]:
-    """An arm's predictions, fitted where the metric asks for it; DataError where undefined."""
+) -> list[Weighted]:
+    """The metric of each seed; DataError where it is not defined for one."""
     ready = []
     for seed, one in enumerate(arm):
         _check_pair(one, human, values_L)
-        missing = metric.missing(one, human)
         try:
-            if missing:
-                raise UndefinedError(missing)
-            one = one if metric.prepare is None else metric.prepare(one, human)
-            metric.measure(one, human, values_L)
+            ready.append(_ready(metric, one, human, values_L))
+            ready[-1](np.ones(len(human.mean_N)))
         except UndefinedError as why:
             raise DataError.of("metric", metric.name, f"seed {seed}: {why}") from None
-        ready.append(one)
     return ready
 
 
-def _gaps(
-    metric: ScoreMetric,
-    arms: list[list[Scored]],
-    human: Scored,
-    values_L: np.ndarray,
-    rows: np.ndarray,
-) -> np.ndarray:
-    """a - b of each seed on some rows, [S]."""
-    people = human.take(rows)
-    a_S, b_S = (
-        np.array([metric.measure(one.take(rows), people, values_L) for one in arm]) for arm in arms
-    )
+def _gaps(arms: list[list[Weighted]], w_N: np.ndarray) -> np.ndarray:
+    """a - b of each seed under the same weights of rows, [S]."""
+    a_S, b_S = (np.array([weighted(w_N) for weighted in arm]) for arm in arms)
     return a_S - b_S
 
 
