@@ -2,9 +2,9 @@
 
     python scripts/bench/irepo_reward.py --model ENCODER --pairs rated.jsonl --out DIR --seeds 0 1
 
-Rows are prompt, response_1, response_2, wins, votes (as `llmkd judge --rated_pairs` reads them). The
-loss is soft: cross-entropy between the vote share and sigma(r1 - r2). The encoder reads prompt and
-response as a text pair, as llmkd's `reward` annotator does. Every fifth prompt is held out and
+Rows are prompt, response_1, response_2, wins, votes (as `llmkd judge --rated_pairs` reads them).
+The loss is soft: cross-entropy between the vote share and sigma(r1 - r2). The encoder reads prompt
+and response as a text pair, as llmkd's `reward` annotator does. Every fifth prompt is held out and
 written to DIR/held_out.jsonl.
 """
 

@@ -68,7 +68,8 @@ def ours(arm: str, model: Any, pairs: list[Any], beta: float, cell: Cell, kwargs
     loss, column, reference = OURS[arm]
     rows = [{**pair, "pref_logit": pair[column]} for pair in pairs]
     flips = {"flip_rate": cell.flips} if loss == "robust_dpo" else {}
-    config = IrepoConfig(**kwargs, loss=loss, beta=beta, reference=reference, **flips)
+    chosen: dict[str, Any] = {**kwargs, "loss": loss, "beta": beta, "reference": reference, **flips}
+    config = IrepoConfig(**chosen)
     IrepoTrainer(model, config, train_dataset=Dataset.from_list(rows)).train()
 
 

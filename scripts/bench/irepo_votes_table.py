@@ -114,6 +114,7 @@ def plot(sweep: Sweep, path: Path) -> None:
     cells = list(dict.fromkeys(cell for cell, _, _ in sweep))
     arms = sorted({arm for _, arm, _ in sweep})
     figure, axes = plt.subplots(1, len(cells), figsize=(4.2 * len(cells), 3.8), squeeze=False)
+    most = max(cells, key=lambda cell: len({arm for c, arm, _ in sweep if c == cell}))
     for axis, cell in zip(axes[0], cells, strict=True):
         for color, arm in enumerate(arms):
             runs = [points for (c, a, _), points in sweep.items() if (c, a) == (cell, arm)]
@@ -126,7 +127,9 @@ def plot(sweep: Sweep, path: Path) -> None:
             axis.plot(kls.ravel(), wins.ravel(), ".", ms=3, color=f"C{color}")
         axis.axhline(0.5, color="gray", lw=0.8)
         axis.set(title=cell, xlabel="KL to the start, nats a response", ylabel="gold win rate")
-    axes[0][0].legend(fontsize=6)
+        axis.set_xlim(0, 5.5)  # one arm goes far beyond
+        if cell == most:
+            axis.legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
