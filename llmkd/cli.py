@@ -260,7 +260,7 @@ def _write_report(folder: Path) -> Path:
     from llmkd.files import read_json
 
     kind = (read_json(folder / "run.json") or {}).get("kind")
-    room, name = REPORTS.get(kind, REPORTS["salt"])
+    room, name = REPORTS.get(str(kind), REPORTS["salt"])
     return getattr(import_module(room), name)(folder)
 
 
