@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,11 @@ def read_align_run(folder: Path) -> AlignRun:
         if _iteration(place) >= 0 and metrics:
             iterates.append(Iterate(_iteration(place), place, metrics))
     facts, scores = (_object(folder / name, notes) for name in ("run.json", "eval.json"))
-    return AlignRun(folder, facts, tuple(iterates), scores, tuple(notes))
+    run = AlignRun(folder, facts, tuple(iterates), scores, tuple(notes))
+    if run.planned is None:
+        return run
+    # an earlier call with more iterations may have left some behind
+    return replace(run, iterates=tuple(one for one in iterates if one.number <= run.planned))
 
 
 def _iteration(folder: Path) -> int:

@@ -97,8 +97,9 @@ def _verdicts(it: Iteration, rows: list[dict[str, Any]]) -> dict[str, Any]:
     said = _said(it, items, annotators)
     tables = {item.row: combined(plan, answer) for item, answer in zip(items, said, strict=True)}
     scores = {item.row: _scores(answer) for item, answer in zip(items, said, strict=True)}
-    if any(one is not None for one in scores.values()):
-        scores |= _scores_of_the_same(it, rows, places, slots, annotators)
+    named = {one["annotator"] for answer in said for one in answer["by"] if "scores" in one}
+    if scorers := [one for one in annotators if one.name in named]:
+        scores |= _scores_of_the_same(it, rows, places, slots, scorers)
     found, lines = {}, []
     for name in others:
         logits = []

@@ -196,11 +196,14 @@ def test_kl_is_the_mean_log_ratio_on_the_iterates_own_samples(world, run):
 def test_reward_of_the_start_is_known_in_the_end(run):
     lines = list(read_rows(run / "iteration-1" / "held_out_verdicts.jsonl"))
     others = [line for line in lines if line["against"] == "start"]
-    known = [line for line in others if line["other_score"] is not None]
-    assert known and all(line["other_score"] == value(line["other"]) for line in known)
-    reward = metrics_of(run, 0)["held_out"]["reward"]
-    assert reward["values"] == [value(line["other"]) for line in known]
-    assert reward["mean"] == pytest.approx(np.mean(reward["values"]))
+    assert any(line["response"] == line["other"] for line in others)  # unchanged ones count too
+    rows = rows_of(run / "iteration-0" / "held_out")
+    assert [line["other_score"] for line in others] == [value(r["responses"][0]) for r in rows]
+    for number in range(3):
+        rows = rows_of(run / f"iteration-{number}" / "held_out")
+        reward = metrics_of(run, number)["held_out"]["reward"]
+        assert reward["values"] == [value(row["responses"][0]) for row in rows]
+        assert reward["mean"] == pytest.approx(np.mean(reward["values"]))
     scores = read_json(run / "eval.json")["policy"]
     held_out = metrics_of(run, 2)["held_out"]
     assert scores == {key: held_out[key] for key in scores} and "win_rate_start" in scores
