@@ -154,7 +154,8 @@ def fit_temperature(
     def slope(sharpness: float) -> float:
         return float((x_N * (w_N - h_N * expit(sharpness * x_N))).sum())
 
-    if slope(0.0) <= 0.0:
+    # votes that balance exactly must not seem to agree by the last bit of a sum
+    if slope(0.0) <= 1e-12 * float((np.abs(x_N) * h_N).sum()):
         problem = "the logits contradict the votes on balance; no temperature makes them likelier"
         raise DataError.of("logits", f"{len(l_N)} pairs", problem, "check which response is which")
     against_N = np.where(x_N > 0, h_N - w_N, w_N)

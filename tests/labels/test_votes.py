@@ -250,3 +250,13 @@ def test_temperature_that_cannot_be_fitted():
         fit_temperature([*logits, NAN], 1, 2)
     with pytest.raises(DataError, match="wins"):
         fit_temperature(logits, 4, 3)
+
+
+def test_votes_that_balance_fit_no_temperature_however_they_are_rounded():
+    logits, wins = np.array([-1.0, 2, 2, 2, 3, -3]), np.array([4.0, 4, 2, 2, 3, 3])
+    assert (logits * (wins - 2)).sum() == 2 * 2 - 2 + 3 - 3  # agrees on balance
+    assert fit_temperature(logits, wins, np.full(6, 4.0), least=1) > 0
+    wins[1] = 3.0
+    for scale in (1.0, 0.1, 1 / 3, 1e-3, 7.7):
+        with pytest.raises(DataError, match="contradict the votes on balance"):
+            fit_temperature(scale * logits, wins, np.full(6, 4.0), least=1)
