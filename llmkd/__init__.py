@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from llmkd.trainers import LatentDistillTrainer as LatentDistillTrainer
     from llmkd.trainers import SaltConfig as SaltConfig
     from llmkd.trainers import SaltTrainer as SaltTrainer
+    from llmkd.trainers import ScoreConfig as ScoreConfig
+    from llmkd.trainers import ScoreTrainer as ScoreTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "LatentDistillTrainer",
     "SaltConfig",
     "SaltTrainer",
+    "ScoreConfig",
+    "ScoreTrainer",
 ]
 
 

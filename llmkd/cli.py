@@ -17,6 +17,8 @@ VERBS = {
     "salt": "pretrain a model with a small model's soft labels (SALT), arm by arm",
     "ernie-tiny": "compress an encoder in four stages (ERNIE-Tiny): general to task-specific",
     "irepo": "align a model by regressing preference logits (iREPO): sample, annotate, regress",
+    "deqa": "train a model to rate on score distributions (DeQA-Score), arm by arm",
+    "score": "rate texts, chats or images with a trained scorer: a table, plots, agreement",
     "judge": "ask a recipe's annotators about pairs people have rated: agreement, calibration",
     "label": "run a teacher over a dataset once and keep its soft labels; verify, info, push",
     "select": "score the rows of a recipe by a selection and draw the histogram",
@@ -31,6 +33,7 @@ METHODS = {
     "salt": "llmkd.methods.salt",
     "ernie-tiny": "llmkd.methods.ernie_tiny",
     "irepo": "llmkd.methods.irepo",
+    "deqa": "llmkd.methods.deqa",
 }
 # Verbs that take a method's recipe for something else than a run.
 ASIDES = {"judge": "llmkd.methods.judge"}
@@ -41,6 +44,7 @@ REPORTS = {
     "salt": ("llmkd.evaluation.report", "write_report"),
     "ernie-tiny": ("llmkd.evaluation.distill_report", "write_distill_report"),
     "irepo": ("llmkd.evaluation.align_report", "write_align_report"),
+    "deqa": ("llmkd.evaluation.deqa_report", "write_deqa_report"),
 }
 
 LABEL_VERBS = {
@@ -105,6 +109,7 @@ def _recipes() -> list[str]:
 def _run(verb: str, words: list[str]) -> int:
     handlers: dict[str, Callable[[list[str]], int]] = {
         **{name: partial(_method, name) for name in (*METHODS, *ASIDES)},
+        "score": _score,
         "label": _label,
         "select": _select,
         "resume": _resume,
@@ -162,6 +167,14 @@ def _method(verb: str, words: list[str]) -> int:
     if _wants_help(verb, VERBS[verb], method.TYPES, words):
         return 0
     method.main(words)
+    return 0
+
+
+def _score(words: list[str]) -> int:
+    _quiet_libraries()
+    from llmkd.methods import score
+
+    score.main(words)
     return 0
 
 

@@ -198,6 +198,11 @@ class ScoreDataConfig:
         return {str(key): ends for key, ends in dict(self.score_scales or {}).items()}  # type: ignore[arg-type]
 
     @property
+    def labelled(self) -> bool:
+        """Whether a column of ratings is named."""
+        return any(getattr(self, key) is not None for key in LABELS)
+
+    @property
     def label_column(self) -> str:
         """The key of the column that ratings come from."""
         return next(key for key in LABELS if getattr(self, key) is not None)
@@ -207,6 +212,15 @@ class ScoreDataConfig:
         """The dataset's name, with its configuration."""
         tail = f"/{self.score_dataset_config}" if self.score_dataset_config else ""
         return f"{self.score_dataset}{tail}"
+
+
+@dataclass(kw_only=True)
+class ScoreInputConfig(ScoreDataConfig):
+    """Rows to score, which people may have rated or not."""
+
+    def _check_labels(self) -> None:
+        if self.labelled:
+            super()._check_labels()
 
 
 def check_ends(key: str, ends: Any) -> None:

@@ -74,7 +74,8 @@ class Reader:
             return Said(probs=self._probs(number, config.probs_column, row))
         if config.logits_column is not None:
             return Said(probs=self._logits(number, config.logits_column, row))
-        assert config.mean_column is not None
+        if config.mean_column is None:  # rows to score, which nobody rated
+            return Said()
         mean = self._number(number, config.mean_column, row[config.mean_column], "has no rating")
         return Said(mean=mean, std=self._std(number, row), n=self._count(number, row))
 

@@ -103,6 +103,24 @@ def load_score_rows(config: ScoreDataConfig, say: Say, *, values: Sequence[float
     return found
 
 
+def load_rows_to_score(
+    config: ScoreDataConfig, say: Say, *, values: Sequence[float]
+) -> tuple[list[Row], dict[str, int]]:
+    """All rows of `score_dataset` in order, and counts as in `ScoreRows`. Where the config names no
+    label (see `ScoreInputConfig`), `mean` and all of it is None; where it does, its scale must be
+    known, since nothing is read off the rows one is measured on. Errors as in `load_score_rows`.
+    """
+    tally = Tally()
+    raws = _read(config, "score_dataset", len(values))
+    _check_all_images(raws, config, say)
+    if not config.labelled:
+        none = dict.fromkeys(("mean", "std", "n", "ratings", "probs"))
+        return [{"row": raw.row, **raw.inputs, "group": raw.group, **none} for raw in raws], {}
+    groups = {raw.group for raw in raws if raw.said.probs is None}
+    scales = find_scales(config, [], groups)
+    return [_row(raw, scales, values, config, tally) for raw in raws], tally.counts
+
+
 def stds_of(rows: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
     """[N] standard deviations on the levels' scale, 0 for rows without one (builders then keep the
     mean alone); None where no row has one.

@@ -6,6 +6,8 @@ from llmkd.trainers.irepo_config import IrepoConfig
 from llmkd.trainers.latent import LatentDistillTrainer
 from llmkd.trainers.latent_config import LatentDistillConfig
 from llmkd.trainers.salt import SaltTrainer
+from llmkd.trainers.score import ScoreTrainer
+from llmkd.trainers.score_config import ScoreConfig
 
 __all__ = [
     "IrepoConfig",
@@ -14,4 +16,6 @@ __all__ = [
     "LatentDistillTrainer",
     "SaltConfig",
     "SaltTrainer",
+    "ScoreConfig",
+    "ScoreTrainer",
 ]
