@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 
 from llmkd.evaluation.align_run import START, AlignRun, Iterate
+from llmkd.evaluation.figures import as_png, new_axis
 from llmkd.evaluation.plots import COLOURS
 
 BEFORE, AFTER = COLOURS[0], COLOURS[2]
@@ -25,7 +25,7 @@ def draw_win_kl(run: AlignRun) -> bytes | None:
     if not known:
         return None
     points = [(0.0, 0.5), *(point for _, point in known)]
-    figure, axis, plt = _axis((5.6, 4.2))
+    figure, axis = new_axis((5.6, 4.2))
     axis.axhline(0.5, color="#999999", ls=":", lw=1)
     axis.plot(*zip(*points, strict=True), color=AFTER, lw=1.2, zorder=1)
     axis.plot(0, 0.5, marker="o", ms=7, mfc="white", color=BEFORE, ls="none", zorder=3)
@@ -41,7 +41,7 @@ def draw_win_kl(run: AlignRun) -> bytes | None:
         axis.annotate(name, (kl, win), **shift)
     axis.set(xlabel="KL to the initial policy (nats per response)", ylabel="win rate against start")
     axis.margins(0.12)
-    return _png(figure, plt)
+    return as_png(figure)
 
 
 def draw_spread(run: AlignRun, keys: tuple[str, ...], label: str) -> bytes | None:
@@ -56,7 +56,7 @@ def draw_spread(run: AlignRun, keys: tuple[str, ...], label: str) -> bytes | Non
     low = min(min(values) for _, values, _ in found)
     high = max(max(values) for _, values, _ in found)
     edges = np.linspace(low - 0.5, high + 0.5, 2) if low == high else _edges(low, high, found)
-    figure, axis, plt = _axis((5.6, 3.4))
+    figure, axis = new_axis((5.6, 3.4))
     for name, values, colour in found:
         filled = name == START
         style: dict[str, Any] = {"histtype": "stepfilled" if filled else "step", "lw": 1.8}
@@ -73,7 +73,7 @@ def draw_spread(run: AlignRun, keys: tuple[str, ...], label: str) -> bytes | Non
         axis.axvline(float(np.mean(values)), color=colour, ls="--", lw=1.3)
     axis.set(xlabel=label, ylabel="share of responses")
     axis.legend(frameon=False, fontsize=9)
-    return _png(figure, plt)
+    return as_png(figure)
 
 
 def _edges(low: float, high: float, found: list[tuple[str, list[float], str]]) -> np.ndarray:
@@ -90,22 +90,3 @@ def _point(one: Iterate) -> tuple[float, float] | None:
     kl = one.value("held_out", "kl_initial", "mean")
     win = one.value("held_out", "win_rate_start", "soft")
     return None if kl is None or win is None else (kl, win)
-
-
-def _axis(size: tuple[float, float]) -> tuple[Any, Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    return figure, axis, plt
-
-
-def _png(figure: Any, plt: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=140)
-    plt.close(figure)
-    return buffer.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from llmkd.evaluation.compare import read_metrics
 from llmkd.evaluation.distill_arms import IN_PERCENT, DistillRun, show_score
+from llmkd.evaluation.figures import as_png
 
 # Name in metrics.jsonl -> colour (Okabe-Ito) and dashes: told apart without either.
 LINES: dict[str, tuple[str, Any]] = {
@@ -33,7 +33,6 @@ def draw_stages(stages: Sequence[tuple[str, Path]], columns: int = 4) -> bytes |
     logs = [(title, lines) for title, lines in logs if any("loss" in line for line in lines)]
     if not logs:
         return None
-    from matplotlib import pyplot as plt
 
     columns = min(columns, len(logs))
     rows = math.ceil(len(logs) / columns)
@@ -43,7 +42,7 @@ def draw_stages(stages: Sequence[tuple[str, Path]], columns: int = 4) -> bytes |
     for axis in axes[len(logs) :]:
         axis.set_axis_off()
     _legend(figure, axes)
-    return _png(figure, plt)
+    return as_png(figure)
 
 
 def _draw_stage(axis: Any, title: str, lines: list[dict[str, Any]]) -> None:
@@ -88,7 +87,6 @@ def draw_arms(run: DistillRun, panels: tuple[str, ...] = PANELS) -> bytes | None
     known = [(n, y, e) for n, y, e in scores if y is not None and math.isfinite(y)]
     if not known:
         return None
-    from matplotlib import pyplot as plt
 
     size = (5.8 * len(panels), 1.3 + 0.42 * len(known))
     figure, axes = _subplots(1, len(panels), size)
@@ -98,7 +96,7 @@ def draw_arms(run: DistillRun, panels: tuple[str, ...] = PANELS) -> bytes | None
         else:
             _draw_points(axis, run, known)
         _finish(axis, run, panel, [name for name, _, _ in known])
-    return _png(figure, plt)
+    return as_png(figure)
 
 
 def _draw_bars(axis: Any, run: DistillRun, known: list[tuple[str, float, float]]) -> None:
@@ -161,10 +159,3 @@ def _subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, 
 
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     return figure, list(axes.flat)
-
-
-def _png(figure: Any, plt: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=140)
-    plt.close(figure)
-    return buffer.getvalue()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmkd.evaluation.figures import as_png, new_axis
 from llmkd.evaluation.plots import COLOURS, MARKS
 
 Points = tuple[Sequence[float], Sequence[float]]
@@ -15,7 +15,7 @@ def draw_reliability(arms: Mapping[str, Points], values: Sequence[float]) -> byt
     """PNG of people's mean against the predicted mean in bins of about equally many rows, an arm a
     line; the diagonal is a scorer that is right on average everywhere.
     """
-    figure, axis, plt = _axis((5.2, 4.4))
+    figure, axis = new_axis((5.2, 4.4))
     low, high = min(values), max(values)
     axis.plot([low, high], [low, high], color="#999999", ls=":", lw=1)
     for place, (name, (said, found)) in enumerate(arms.items()):
@@ -25,42 +25,23 @@ def draw_reliability(arms: Mapping[str, Points], values: Sequence[float]) -> byt
     axis.set(xlabel="predicted mean", ylabel="people's mean")
     if any(arms):
         axis.legend(frameon=False, fontsize=9)
-    return _png(figure, plt)
+    return as_png(figure)
 
 
 def draw_scatter(said: Sequence[float], found: Sequence[float], what: str) -> bytes:
     """PNG of one point a row: `what` (mean or std) predicted, and of people."""
-    figure, axis, plt = _axis((4.4, 4.2))
+    figure, axis = new_axis((4.4, 4.2))
     low, high = min(*said, *found), max(*said, *found)
     axis.plot([low, high], [low, high], color="#999999", ls=":", lw=1)
     alpha = min(0.8, max(0.08, 150 / max(len(said), 1)))
     axis.plot(said, found, ls="none", marker="o", ms=3.5, mew=0, color=COLOURS[2], alpha=alpha)
     axis.set(xlabel=f"predicted {what}", ylabel=f"people's {what}")
-    return _png(figure, plt)
+    return as_png(figure)
 
 
 def draw_histogram(said: Sequence[float], what: str) -> bytes:
     """PNG of how often each predicted `what` occurs, for rows that nobody rated."""
-    figure, axis, plt = _axis((5.2, 3.2))
+    figure, axis = new_axis((5.2, 3.2))
     axis.hist(said, 30, color=COLOURS[2], alpha=0.7)
     axis.set(xlabel=f"predicted {what}", ylabel="rows")
-    return _png(figure, plt)
-
-
-def _axis(size: tuple[float, float]) -> tuple[Any, Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    return figure, axis, plt
-
-
-def _png(figure: Any, plt: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=140)
-    plt.close(figure)
-    return buffer.getvalue()
+    return as_png(figure)

@@ -124,7 +124,6 @@ PATH_KEYS = (
     "prompt_dataset",
     "held_out_dataset",
     "preference_dataset",
-    "preference_eval_dataset",
 )
 
 

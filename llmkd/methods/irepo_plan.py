@@ -182,8 +182,8 @@ class Plan:
             self.say(f"{long} pairs are longer than the window of {window} tokens: left out")
         if self.prompt_config.prompt_dataset or self.prompt_config.held_out_dataset:
             prompts = self._prompts(room)
-            print_key = digest([self.pairs.fingerprint, prompts.fingerprint])
-            return PromptRows([], prompts.held_out, print_key, prompts.dropped)
+            key = digest([self.pairs.fingerprint, prompts.fingerprint])
+            return PromptRows([], prompts.held_out, key, prompts.dropped)
         rows: dict[str, Any] = {}
         for row in cast(Any, self.pairs.held_out or []):
             names = ("row", "prompt", "prompt_ids")

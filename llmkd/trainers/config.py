@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from llmkd.errors import RecipeError
 from llmkd.objectives.divergences import find_divergence
 from llmkd.objectives.schedule import TRANSITIONS
+from llmkd.trainers.arguments import check_save_limit
 
 
 @dataclass(kw_only=True)
@@ -132,13 +133,7 @@ class SaltConfig(TrainingArguments):
                 "the loss is divided by the tokens of all ranks",
                 "leave it out (true is the default)",
             )
-        if self.save_total_limit == 1:
-            raise RecipeError.of(
-                "save_total_limit",
-                1,
-                "the only checkpoint is deleted before its successor is known to be whole",
-                "--save_total_limit 2",
-            )
+        check_save_limit(self)
 
     def _check_divergence(self) -> None:
         for name in self.divergence_options():

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from llmkd.errors import RecipeError
 from llmkd.objectives.preference import PREFERENCE_LOSSES, check_flip_rate, find_preference_loss
+from llmkd.trainers.arguments import check_rates, check_save_limit, check_sizes, check_unread
 
 REFERENCE_CHOICES = ("previous", "initial")
 
@@ -102,9 +103,7 @@ class IrepoConfig(TrainingArguments):
             value = getattr(self, key)
             if value is not None and not 0 < value < float("inf"):
                 raise RecipeError.of(key, value, "must be above 0, and finite")
-        for key in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
-            if not 0 <= float(getattr(self, key) or 0.0) < float("inf"):
-                raise RecipeError.of(key, getattr(self, key), "must be a number, at least 0")
+        check_rates(self)
         if self.beta is None:
             raise RecipeError.of("beta", None, "must be a number above 0", "default: 0.1")
         self._check_options()
@@ -112,21 +111,9 @@ class IrepoConfig(TrainingArguments):
             known = f"known: {', '.join(REFERENCE_CHOICES)}"
             raise RecipeError.of("reference", self.reference, "unknown", known)
         least = {"max_length": 2, "reference_batch_size": 1, "head_memory_mib": 1}
-        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
-        for key in (*least, *sizes, "gradient_accumulation_steps"):
-            value = getattr(self, key)
-            if value is not None and value < least.get(key, 1):
-                raise RecipeError.of(key, value, f"must be at least {least.get(key, 1)}")
-        for key in ("label_smoothing_factor", "neftune_noise_alpha"):
-            if getattr(self, key):
-                raise RecipeError.of(key, getattr(self, key), "no loss here reads it", "leave out")
-        if self.save_total_limit == 1:
-            raise RecipeError.of(
-                "save_total_limit",
-                1,
-                "the only checkpoint is deleted before its successor is known to be whole",
-                "--save_total_limit 2",
-            )
+        check_sizes(self, least)
+        check_unread(self)
+        check_save_limit(self)
 
     def _check_options(self) -> None:
         options = self.loss_options()

@@ -11,6 +11,7 @@ from llmkd.models.latent_student import PROJECTIONS
 from llmkd.objectives.latent import ATTENTION_FORMS
 from llmkd.objectives.layer_map import check_layer_map
 from llmkd.objectives.prediction import SOFT_FORMS
+from llmkd.trainers.arguments import check_save_limit
 
 if TYPE_CHECKING:
     from llmkd.trainers.latent_config import LatentDistillConfig
@@ -68,13 +69,7 @@ def _check_shared(args: LatentDistillConfig) -> None:
                     f"--{key} false",
                     "--attn none: hidden states alone",
                 )
-    if args.save_total_limit == 1:
-        raise RecipeError.of(
-            "save_total_limit",
-            1,
-            "the only checkpoint is deleted before its successor is known to be whole",
-            "--save_total_limit 2",
-        )
+    check_save_limit(args)
 
 
 def check_losses(losses: Any, key: str) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from llmkd.errors import RecipeError
 from llmkd.objectives.score import check_std_mode
+from llmkd.trainers.arguments import check_rates, check_save_limit, check_sizes, check_unread
 
 KL_CHOICES = ("full", "closed")
 PAIR_LOSSES = ("fidelity", "binary", "binary_bce")
@@ -113,24 +114,13 @@ class ScoreConfig(TrainingArguments):
                 "std_mode", self.std_mode, problem, "fixed1", "pair_loss: fidelity"
             )
         self._check_sizes()
-        for key in ("label_smoothing_factor", "neftune_noise_alpha"):
-            if getattr(self, key):
-                raise RecipeError.of(key, getattr(self, key), "no loss here reads it", "leave out")
-        if self.save_total_limit == 1:
-            raise RecipeError.of(
-                "save_total_limit",
-                1,
-                "the only checkpoint is deleted before its successor is known to be whole",
-                "--save_total_limit 2",
-            )
+        check_rates(self)
+        check_unread(self)
+        check_save_limit(self)
 
     def _check_sizes(self) -> None:
         least = {"max_length": 2, "head_memory_mib": 1}
-        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
-        for key in (*least, *sizes, "gradient_accumulation_steps"):
-            value = getattr(self, key)
-            if value is not None and value < least.get(key, 1):
-                raise RecipeError.of(key, value, f"must be at least {least.get(key, 1)}")
+        check_sizes(self, least)
         if self.fidelity_weight > 0 and self.per_device_train_batch_size < 2:
             raise RecipeError.of(
                 "per_device_train_batch_size",

@@ -247,7 +247,6 @@ def test_harness_rows_by_hand():
 @pytest.mark.parametrize("adapter", [False, True])
 def test_llmkd_eval_before_and_after(tmp_path, monkeypatch, capsys, adapter):
     """A run folder with a whole model or an adapter is measured beside what it started from."""
-    pytest.importorskip("lm_eval")
     from llmkd.evaluation import cli
 
     kit = Kit(tmp_path, monkeypatch)

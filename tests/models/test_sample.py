@@ -345,7 +345,6 @@ def test_vllm_that_is_not_there_is_said_at_once(monkeypatch, tokenizer):
 
 
 def test_under_zero_3_the_policy_is_whole_and_ranks_do_not_wait(policy, adapter, tokenizer):
-    pytest.importorskip("deepspeed")
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
