@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 from scipy.special import expit
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+from vaderSentiment.vaderSentiment import (  # pyright: ignore[reportMissingImports]
+    SentimentIntensityAnalyzer,
+)
 
 from llmkd.data.tokenizer import load_tokenizer
 from llmkd.labels.pairs import choose_pairs
