@@ -23,7 +23,7 @@ from scipy.special import expit, rel_entr
 from scipy.stats import kendalltau
 
 from llmkd.errors import DataError
-from llmkd.labels.score_stats import Levels, check_probs
+from llmkd.labels.score_stats import LevelValues, check_probs
 
 FLOOR = 1e-12  # least probability a prediction is given under KL: one row then costs 28 nats
 SAME = 1e-12  # spread, of the size of the numbers, below which they are one number
@@ -73,7 +73,7 @@ class Scored:
     @classmethod
     def from_probs(cls, probs: ArrayLike, values: ArrayLike) -> Scored:
         """With the mean and std that the probabilities give the values."""
-        values_L = Levels.of(values).values_L
+        values_L = LevelValues.of(values).values_L
         probs_NL = np.asarray(probs, dtype=np.float64)
         check_probs(probs_NL, sum_within=SUMS)
         probs_NL = probs_NL / probs_NL.sum(-1, keepdims=True)

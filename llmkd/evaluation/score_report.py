@@ -20,7 +20,7 @@ from llmkd.evaluation.score_metrics import (
     UndefinedError,
     Weighted,
 )
-from llmkd.labels.score_stats import Levels
+from llmkd.labels.score_stats import LevelValues
 from llmkd.objectives.registry import near_names
 
 DRAWS = 1000
@@ -86,7 +86,7 @@ def score_report(
     A metric that is not defined (constant answers, no std) is None with the reason. DataError
     where rows do not pair up, RecipeError for a metric there is not.
     """
-    values_L = Levels.of(values).values_L
+    values_L = LevelValues.of(values).values_L
     _check_pair(pred, human, values_L)
     if draws < 0 or not 0 < level < 1 or bins < 1:
         problem = "draws must be >= 0, level between 0 and 1, bins >= 1"
@@ -200,7 +200,7 @@ def paired_scores(
     and all seeds. A metric of rows is handed to it; the others are computed anew on each draw.
     DataError where the arms do not pair up, or the metric is not defined for an arm.
     """
-    values_L, chosen = Levels.of(values).values_L, find_score_metric(metric)
+    values_L, chosen = LevelValues.of(values).values_L, find_score_metric(metric)
     if len(a) != len(b) or not len(a):
         raise DataError.of("seeds", (len(a), len(b)), "both arms need the same seeds, at least one")
     if draws < 1 or not 0 < level < 1:

@@ -31,7 +31,7 @@ from llmkd.labels.score_registry import (
 )
 from llmkd.labels.score_solve import log_interval, tilt, widest
 from llmkd.labels.score_stats import (
-    Levels,
+    LevelValues,
     Ratings,
     checked_mean,
     checked_std,
@@ -69,7 +69,7 @@ def onehot_bin(mean_N: ArrayLike, values: ArrayLike) -> LevelTargets:
     """Q-Align's label: [low, high] cut into L equal bins. A bound belongs to the bin below (the
     official code; so too within 1e-8 gaps above it). Evenly spaced levels only.
     """
-    levels = Levels.of(values)
+    levels = LevelValues.of(values)
     levels.need_even("target", "onehot_bin")
     mean_N = checked_mean(mean_N, levels.low, levels.high)
     count = len(levels.values_L)
@@ -80,7 +80,7 @@ def onehot_bin(mean_N: ArrayLike, values: ArrayLike) -> LevelTargets:
 @score_builder(wants="mean", about="one level: the nearest to the mean")
 def onehot_round(mean_N: ArrayLike, values: ArrayLike) -> LevelTargets:
     """The level whose value is nearest; half-way between two it is the lower one."""
-    levels = Levels.of(values)
+    levels = LevelValues.of(values)
     mean_N = checked_mean(mean_N, levels.low, levels.high)
     inner = 0.5 * (levels.ascending_L[:-1] + levels.ascending_L[1:])
     return _one_hot(np.searchsorted(inner, mean_N), levels)
@@ -89,7 +89,7 @@ def onehot_round(mean_N: ArrayLike, values: ArrayLike) -> LevelTargets:
 @score_builder(wants="mean", about="the two levels around the mean, which stays exact")
 def two_token(mean_N: ArrayLike, values: ArrayLike) -> LevelTargets:
     """1 - frac and frac on the two neighbours of the mean: the least variance with that mean."""
-    levels = Levels.of(values)
+    levels = LevelValues.of(values)
     mean_N = checked_mean(mean_N, levels.low, levels.high)
     return LevelTargets(levels.as_given(_two(mean_N, levels)))
 
@@ -152,7 +152,7 @@ def gauss_adjusted(
     """alpha p + beta before clipping, [N, L], some below 0: sums to one with the mean exact, up to
     the official 1e-9 in alpha's denominator (which is why the middle needs `repaired`).
     """
-    levels = Levels.of(values)
+    levels = LevelValues.of(values)
     levels.need_even("target", "gauss_deqa")
     _check_form(form)
     mean_N = checked_mean(mean_N, levels.low, levels.high)
@@ -278,7 +278,7 @@ def ordinal(
         raise RecipeError.of("temperature", temperature, "must be a number > 0", "default: 1")
     if distance not in ("absolute", "squared"):
         raise RecipeError.of("distance", distance, "must be absolute or squared")
-    levels = Levels.of(values)
+    levels = LevelValues.of(values)
     mean_N = checked_mean(mean_N, levels.low, levels.high)
     far_NL = np.abs(levels.values_L - mean_N[:, None]) / levels.gap
     power = 1 if distance == "absolute" else 2
@@ -303,7 +303,7 @@ def histogram(
     `low` and `high` are the raters' scale, rescaled to the levels; without them ratings are on the
     levels' own.
     """
-    levels = Levels.of(values)
+    levels = LevelValues.of(values)
     if not (np.isfinite(dirichlet) and dirichlet >= 0):
         raise RecipeError.of("dirichlet", dirichlet, "must be a number of pseudo-raters >= 0")
     low, high = levels.low if low is None else low, levels.high if high is None else high
@@ -332,8 +332,8 @@ def _base(base: str | ArrayLike, shares_NL: np.ndarray) -> np.ndarray:
 
 def _ready(
     mean_N: ArrayLike, std_N: ArrayLike | None, values: ArrayLike
-) -> tuple[Levels, np.ndarray, np.ndarray | None]:
-    levels = Levels.of(values)
+) -> tuple[LevelValues, np.ndarray, np.ndarray | None]:
+    levels = LevelValues.of(values)
     mean_N = checked_mean(mean_N, levels.low, levels.high)
     return levels, mean_N, None if std_N is None else checked_std(std_N, rows=len(mean_N))
 
@@ -343,11 +343,11 @@ def _check_form(form: str) -> None:
         raise RecipeError.of("form", form, "must be density or integral")
 
 
-def _one_hot(level_N: np.ndarray, levels: Levels) -> LevelTargets:
+def _one_hot(level_N: np.ndarray, levels: LevelValues) -> LevelTargets:
     return LevelTargets(levels.as_given(np.eye(len(levels.values_L))[level_N]))
 
 
-def _two(mean_N: np.ndarray, levels: Levels, *, slack: float = 0.0) -> np.ndarray:
+def _two(mean_N: np.ndarray, levels: LevelValues, *, slack: float = 0.0) -> np.ndarray:
     """Two-token over ascending levels; with `slack` each gap reaches that far past both ends, as
     in the official code.
     """
@@ -360,14 +360,14 @@ def _two(mean_N: np.ndarray, levels: Levels, *, slack: float = 0.0) -> np.ndarra
     return probs_NL
 
 
-def _edges(levels: Levels) -> np.ndarray:
+def _edges(levels: LevelValues) -> np.ndarray:
     """Bounds of the L intervals around ascending levels; the outer ones reach as far as inwards."""
     v_L = levels.ascending_L
     inner = 0.5 * (v_L[:-1] + v_L[1:])
     return np.concatenate(([2 * v_L[0] - inner[0]], inner, [2 * v_L[-1] - inner[-1]]))
 
 
-def _at_an_end(mean_N: np.ndarray, levels: Levels) -> np.ndarray:
+def _at_an_end(mean_N: np.ndarray, levels: LevelValues) -> np.ndarray:
     slack = EDGE * levels.gap
     return (mean_N <= levels.low + slack) | (mean_N >= levels.high - slack)
 

@@ -21,7 +21,7 @@ Ratings = Sequence[ArrayLike] | np.ndarray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Levels:
+class LevelValues:
     """Checked values of levels: as given, and ascending with the way back.
 
     `gap` is the mean distance of neighbours, the unit of thresholds that the official code states
@@ -33,7 +33,7 @@ class Levels:
     descending: bool
 
     @classmethod
-    def of(cls, values: ArrayLike) -> Levels:
+    def of(cls, values: ArrayLike) -> LevelValues:
         """RecipeError unless there are at least two finite values, all ascending or descending."""
         values_L = np.asarray(values, dtype=np.float64)
         said = values_L.tolist()
@@ -150,7 +150,7 @@ def to_levels(
     DataError naming the row for a mean outside the scale, NaN, or a std < 0; RecipeError for a
     scale without extent, as when all ratings are equal and the scale was read off them.
     """
-    levels = Levels.of(values)
+    levels = LevelValues.of(values)
     check_scale(low, high)
     mean_N = checked_mean(mean_N, low, high)
     extent = levels.high - levels.low

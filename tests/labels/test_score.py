@@ -24,7 +24,7 @@ from llmkd.labels.score import (
     two_token,
 )
 from llmkd.labels.score_solve import log_interval
-from llmkd.labels.score_stats import Levels, check_probs, mean_std, pool_sigma, to_levels
+from llmkd.labels.score_stats import LevelValues, check_probs, mean_std, pool_sigma, to_levels
 
 FIVE = np.array([5.0, 4.0, 3.0, 2.0, 1.0])  # excellent ... bad
 MU, SIGMA = [4.522821594986413], [0.692276759337908]
@@ -295,7 +295,7 @@ shares = st.lists(st.floats(0, 1), min_size=2, max_size=6)
 @settings(deadline=None, max_examples=40)
 @given(scales, shares, st.floats(0, 1.2), st.sampled_from(NORMALISED))
 def test_sums_means_and_order(values, share, width, name):
-    levels = Levels.of(values)
+    levels = LevelValues.of(values)
     mean = levels.low + np.sort(share) * (levels.high - levels.low)
     probs = build(name, mean, np.full(len(mean), width * levels.gap), values)
     assert (probs >= 0).all()
@@ -309,7 +309,7 @@ def test_sums_means_and_order(values, share, width, name):
 @settings(deadline=None, max_examples=40)
 @given(scales, shares, st.floats(0.05, 1.2), st.sampled_from(NORMALISED))
 def test_mirrored_means_have_mirrored_labels(values, share, width, name):
-    levels = Levels.of(values)
+    levels = LevelValues.of(values)
     mean = levels.low + np.array(share) * (levels.high - levels.low)
     if name.startswith("onehot"):  # their bounds belong to one side
         away = np.abs((mean - levels.low) / levels.gap % 0.1)
@@ -345,7 +345,7 @@ def _shift(mean, std):
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from([FIVE, np.array(UNEVEN), np.arange(31.0)]), st.floats(0, 1), st.floats(0, 1))
 def test_max_entropy_reaches_every_variance_there_is(values, share, place):
-    levels = Levels.of(values)
+    levels = LevelValues.of(values)
     mean = levels.low + share * (levels.high - levels.low)
     pair = two_token([mean], values).probs_NL[0]
     least = pair @ (values - mean) ** 2
