@@ -5,11 +5,12 @@ and needs no network.
 """
 
 from llmkd.hub.card import model_card
-from llmkd.hub.method import ERNIE_TINY, IREPO, SALT, MethodInfo
+from llmkd.hub.method import DEQA, ERNIE_TINY, IREPO, SALT, MethodInfo
 from llmkd.hub.push import check_hub, push_run
 from llmkd.hub.secrets import redact
 
 __all__ = [
+    "DEQA",
     "ERNIE_TINY",
     "IREPO",
     "SALT",

@@ -7,7 +7,8 @@ from pathlib import Path
 from llmkd.hub.align_card import align_card
 from llmkd.hub.facts import read_facts
 from llmkd.hub.lm_card import lm_card
-from llmkd.hub.method import ERNIE_TINY, IREPO, MethodInfo, method_of
+from llmkd.hub.method import DEQA, ERNIE_TINY, IREPO, MethodInfo, method_of
+from llmkd.hub.score_card import score_card
 from llmkd.hub.task_card import task_card
 
 
@@ -27,5 +28,6 @@ def model_card(
     """
     facts = read_facts(Path(run_folder))
     kind = facts.run.get("kind")
-    write = {ERNIE_TINY.name: task_card, IREPO.name: align_card}.get(str(kind), lm_card)
+    cards = {ERNIE_TINY.name: task_card, IREPO.name: align_card, DEQA.name: score_card}
+    write = cards.get(str(kind), lm_card)
     return write(facts, repo_id=repo_id, method=method or method_of(kind), revision=revision)

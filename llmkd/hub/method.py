@@ -73,7 +73,26 @@ IREPO = MethodInfo(
 }""",
 )
 
-METHODS = {method.name: method for method in (SALT, ERNIE_TINY, IREPO)}
+# Given names as far as they are known to us: not at all.
+DEQA = MethodInfo(
+    name="deqa",
+    title="DeQA-Score (score distributions as targets)",
+    paper_title=(
+        "Teaching Large Language Models to Regress Accurate Image Quality Scores using Score "
+        "Distribution"
+    ),
+    arxiv_id="2501.11561",
+    bibtex="""@inproceedings{you2025deqa,
+  title     = {Teaching Large Language Models to Regress Accurate Image Quality Scores using Score
+               Distribution},
+  author    = {You and Cai and Gu and Xue and Dong},
+  booktitle = {CVPR},
+  year      = {2025},
+  note      = {arXiv:2501.11561}
+}""",
+)
+
+METHODS = {method.name: method for method in (SALT, ERNIE_TINY, IREPO, DEQA)}
 
 
 def method_of(kind: object) -> MethodInfo:

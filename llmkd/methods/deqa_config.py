@@ -13,6 +13,7 @@ from llmkd.data.config import from_json
 from llmkd.data.levels import LevelConfig
 from llmkd.data.score_config import ScoreDataConfig
 from llmkd.errors import LlmkdError, RecipeError
+from llmkd.hub import check_hub
 from llmkd.labels.score import SCORE_BUILDERS
 from llmkd.methods.deqa_targets import LevelTarget
 from llmkd.methods.recipe import SECRETS, Recipe
@@ -100,12 +101,11 @@ def check_recipe(recipe: Recipe) -> None:
         problem, way = "no rated rows are named", "score_dataset: a Hub id, file or folder"
         raise RecipeError.of("score_dataset", None, problem, way)
     if training.push_to_hub:
-        raise RecipeError.of(
-            "push_to_hub",
-            True,
-            "there is no model card for a scorer yet, and nothing is pushed without one",
-            "leave it out; `hf upload` takes the run's folder as it is",
-        )
+        if target.arms:
+            problem = "one repository holds one model, and arms make several"
+            way = "leave it out, then: llmkd push OUTPUT_DIR/ARM OWNER/NAME"
+            raise RecipeError.of("push_to_hub", True, problem, way)
+        check_hub(training.hub_model_id, training.hub_token)
     for name, changes in (target.arms if target.arms is not None else {"": {}}).items():
         _check_arm(recipe, name, {} if changes is None else changes)
     if target.arms == {}:

@@ -231,7 +231,11 @@ BAD_KEYS = {
         {"ratings_column": None, "mean_column": "m", "label": "histogram"},
         "needs single ratings",
     ),
-    "push": ({"push_to_hub": True, "hub_model_id": "a/b"}, "no model card"),
+    "push of arms": (
+        {"push_to_hub": True, "hub_model_id": "a/b", "arms": {"a": {}, "b": {}}},
+        "arms make several.*llmkd push",
+    ),
+    "push without a name": ({"push_to_hub": True}, "hub_model_id"),
     "images for a text model": ({"image_column": "image"}, "reads text only"),
     "no such column": ({"text_column": "txt"}, "text_column: 'txt'"),
     "no such model": ({"model_name_or_path": "/nowhere/x"}, "model_name_or_path"),
