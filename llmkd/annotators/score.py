@@ -136,8 +136,7 @@ class ScoreAnnotator:
         try:
             table = self._scorer.score(rows)
         except NonFiniteError:
-            numbers = [item.row for item in items for _ in item.responses]
-            require_finite(np.full(len(numbers), np.nan), self.source, numbers)
+            self._name_the_row(items)
             raise
         self.counts["questions"] += len(rows)
         self.counts["cut"] += table.cut
@@ -152,6 +151,15 @@ class ScoreAnnotator:
             start = here.stop
             found.append(Scores(reward_N[here], variance_N[here] if self.spread else None))
         return found
+
+    def _name_the_row(self, items: Sequence[Item]) -> None:
+        """AnnotatorError naming the first row whose scores are not finite: asked one by one."""
+        assert self._scorer is not None
+        for item in items:
+            try:
+                self._scorer.score([self._row(item, response) for response in item.responses])
+            except NonFiniteError:
+                require_finite(np.array([math.nan]), self.source, [item.row])
 
     def _row(self, item: Item, response: str) -> dict[str, Any]:
         if self.chat:

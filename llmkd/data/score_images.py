@@ -10,12 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from accelerate import PartialState
+from PIL import ExifTags, Image, ImageOps
 from tqdm.auto import tqdm
 
 from llmkd.errors import DataError, LlmkdError, MissingFileError
 
 THREADS = min(8, os.cpu_count() or 1)
+LYING = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 Refuse = Callable[..., LlmkdError]
 
 
@@ -63,9 +65,12 @@ def open_image(image: Any) -> Image.Image:
 
 
 def check_images(rows: Iterable[tuple[Sequence[Any], Refuse]], count: int, say: Any) -> None:
-    """Read all images of `count` rows to their last byte; the row's `refuse` makes the error for
-    the first that is damaged, cut off, or no image.
+    """Read all `count` images of the rows to their last byte, once on each machine (the ranks of
+    one see the same files); the row's `refuse` makes the error for the first that is damaged, cut
+    off, or no image.
     """
+    if PartialState().local_process_index:
+        return
     with (
         ThreadPoolExecutor(THREADS) as pool,
         tqdm(total=count, desc="checking images", delay=2) as bar,
@@ -99,9 +104,25 @@ def image_problem(image: Any) -> str | None:
         with _opened(image) as found:  # `verify` does not read the pixels of a JPEG
             found.draft("RGB", (max(found.width // 8, 1), max(found.height // 8, 1)))
             found.load()
+            (ImageOps.exif_transpose(found) or found).convert("RGB")  # as `open_image` will
     except Exception as error:  # Pillow's plug-ins raise what they like
         return _why(error)
     return None
+
+
+def image_size(image: Any) -> tuple[int, int]:
+    """Width and height of what `open_image` gives, mostly from the header alone."""
+    if isinstance(image, Image.Image):
+        return _upright_size(image)
+    with _opened(image) as found:
+        return _upright_size(found)
+
+
+def _upright_size(found: Image.Image) -> tuple[int, int]:
+    # Asked for EXIF it does not have, a PNG reads all its pixels.
+    tagged = "exif" in found.info or "xmp" in found.info
+    turned = tagged and found.getexif().get(ExifTags.Base.Orientation) in LYING
+    return (found.height, found.width) if turned else found.size
 
 
 def shown(image: Any) -> str:

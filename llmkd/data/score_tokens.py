@@ -16,7 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from llmkd.data.levels import LevelConfig, Levels
-from llmkd.data.score_images import open_image
+from llmkd.data.score_images import image_size, open_image, shown
 from llmkd.errors import DataError, LlmkdError, RecipeError
 from llmkd.objectives.token import IGNORE
 
@@ -276,7 +276,7 @@ def level_index(mean: float, values: Sequence[float]) -> int:
 
 class ImageRows(TorchDataset):
     """Tokenized rows whose images are read when they are asked for: pixels of thousands fit in no
-    memory. `check` reads them all once.
+    memory. `check` finds out before whether all of them fit.
     """
 
     def __init__(
@@ -294,13 +294,37 @@ class ImageRows(TorchDataset):
         del made["cut"]
         return {**made, "group_id": self.groups[place]}
 
-    def check(self) -> int:
-        """Encode every row; how many texts had to be cut. DataError for the first too long."""
+    def check(self, rank: int = 0, world: int = 1) -> int:
+        """How many texts had to be cut, of every `world`-th row from `rank` on. One of the rows
+        with the same text and question and images of the same sizes is encoded for all of them:
+        no more decides how many tokens they take.
+
+        DataError naming the row: no room for its text, or the processor refuses its images.
+        """
+        known: dict[Any, bool] = {}
         cut = 0
-        for place in tqdm(range(len(self)), desc="encoding images", delay=2):
+        for place in tqdm(range(rank, len(self), world), desc="measuring image rows", delay=2):
             row = self.rows[place]
-            cut += self.encoder.prompted(row, self.ask(row)).cut
+            question = self.ask(row)
+            turns = [(turn["role"], turn["content"]) for turn in row.get("messages") or []]
+            sizes = tuple(image_size(image) for image in row.get("images") or [])
+            alike = (row.get("text"), tuple(turns), question, sizes)
+            if alike not in known:
+                known[alike] = self._prompted(row, question).cut
+            cut += known[alike]
         return cut
+
+    def _prompted(self, row: Row, question: str | None) -> Prompted:
+        try:
+            return self.encoder.prompted(row, question)
+        except LlmkdError:
+            raise
+        except Exception as error:  # image processors raise what they like
+            problem = (
+                f"row {row.get('row', 0)}: the model's processor refuses it: {str(error)[:200]}"
+            )
+            images = ", ".join(shown(image) for image in row.get("images") or [])
+            raise DataError.of("image_column", images, problem, "mend or drop the row") from error
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -78,6 +79,9 @@ class Arm:
         if not self.plan.replaces:
             claim = partial(self.run.claim, self.key, self.settings)
             self.plan.unless_overwritten(claim)
+        finished = self.run.finished(self.key) and not self.plan.replaces
+        if broadcast_object_list([finished])[0]:
+            return  # its rows were checked before it was trained
         for split in ("train", "held_out", "validation"):
             if getattr(rows, split):
                 _ = self.rows(split)

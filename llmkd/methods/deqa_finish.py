@@ -13,7 +13,7 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from llmkd.errors import DataError
+from llmkd.errors import DataError, LlmkdError
 from llmkd.evaluation.deqa_report import PREDICTIONS, print_deqa_table, write_deqa_report
 from llmkd.evaluation.score_metrics import Scored
 from llmkd.evaluation.score_report import paired_scores, score_report
@@ -59,7 +59,6 @@ def measure(arm: Arm) -> None:
 def _score(arm: Arm) -> dict[str, ScoreTable]:
     """The table of each split that has rows, whole on every rank."""
     plan = arm.plan
-    assert plan.levels is not None
     with whole_weights():
         scorer = Scorer(
             str(arm.folder),
@@ -70,15 +69,34 @@ def _score(arm: Arm) -> dict[str, ScoreTable]:
     for split in SPLITS:
         if not (rows := getattr(plan.rows, split)):
             continue
-        places = range(plan.rank, len(rows), plan.world)
-        mine = scorer.score([rows[place] for place in places]) if len(places) else None
-        logits = [] if mine is None else mine.level_logits_NL.tolist()
-        gathered = gather_object(list(zip(places, logits, strict=True)))
-        logits_NL = np.array([one for _, one in sorted(gathered, key=lambda pair: pair[0])])
-        found[split] = ScoreTable.of(logits_NL, plan.levels)
+        found[split] = shared_table(scorer, rows, plan.rank, plan.world)
     del scorer
     collect()
     return found
+
+
+def shared_table(
+    scorer: Scorer, rows: Sequence[dict[str, Any]], rank: int, world: int
+) -> ScoreTable:
+    """The table of all rows, whole on every rank; ranks share them, and all raise the error of the
+    first that has one (a launcher shows that of rank 0 alone).
+    """
+    error, made, cut = None, [], 0
+    places = range(rank, len(rows), world)
+    try:
+        if places:
+            table = scorer.score([rows[place] for place in places])
+            made = list(zip(places, table.level_logits_NL.tolist(), strict=True))
+            cut = table.cut
+    except LlmkdError as raised:
+        error = raised
+    gathered = gather_object([(error, made, cut)])
+    if (first := next((one for one, _, _ in gathered if one is not None), None)) is not None:
+        raise first
+    logits = dict(pair for _, some, _ in gathered for pair in some)
+    logits_NL = np.array([logits[place] for place in range(len(rows))])
+    logits_NL = logits_NL.reshape(len(rows), len(scorer.levels.words))
+    return ScoreTable.of(logits_NL, scorer.levels, sum(cut for _, _, cut in gathered))
 
 
 def agreement(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset, disable_progress_bars
 from trl import get_quantization_config
 
@@ -18,7 +19,7 @@ from llmkd.data.levels import LevelConfig, Levels
 from llmkd.data.score_config import ScoreDataConfig
 from llmkd.data.score_rows import ScoreRows, load_score_rows
 from llmkd.data.score_tokens import ImageRows, ScoreEncoder, ScorePrompt, tokenize_scores
-from llmkd.errors import RecipeError, RunFolderError
+from llmkd.errors import LlmkdError, RecipeError, RunFolderError
 from llmkd.methods.deqa_config import MEASURING_KEYS, PATH_KEYS, ScorerModelConfig, TargetConfig
 from llmkd.methods.recipe import Recipe, named_paths
 from llmkd.methods.run_folder import RunFolder, check_writable, result_settings, settings_key
@@ -147,8 +148,7 @@ class Plan:
             made = tokenize_scores(
                 rows, self.encoder, lambda _: zeros, training=training, seed=seed
             )
-            lazy = isinstance(made.rows, ImageRows)
-            cut = made.rows.check() if lazy else made.cut  # type: ignore[union-attr]
+            cut = self._cut(made.rows) if isinstance(made.rows, ImageRows) else made.cut
             if cut:
                 most = self.encoder.max_length
                 self.say(f"{cut} of {len(rows)} texts ({split}) lost their middle: over {most}")
@@ -159,6 +159,20 @@ class Plan:
         own = copy.copy(found)
         own.targets_NL = targets_NL
         return own
+
+    def _cut(self, rows: ImageRows) -> int:
+        """How many texts of image rows lose their middle. Ranks share the rows, and all raise the
+        error of the first that has one.
+        """
+        error, cut = None, 0
+        try:
+            cut = rows.check(self.rank, self.world)
+        except LlmkdError as found:
+            error = found
+        shared = gather_object([(error, cut)])
+        if (first := next((one for one, _ in shared if one is not None), None)) is not None:
+            raise first
+        return sum(count for _, count in shared)
 
     def begin(self) -> None:
         """From here on the folder is this run's; call it while the folder is held. With several

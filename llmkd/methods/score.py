@@ -9,7 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from accelerate import PartialState
+from datasets import Dataset, disable_progress_bars
 
 from llmkd.data.score_config import ScoreDataConfig, ScoreInputConfig
 from llmkd.data.score_rows import load_rows_to_score
@@ -19,7 +20,7 @@ from llmkd.evaluation.page import facts_table, figure, page, text, write_picture
 from llmkd.evaluation.score_metrics import Scored
 from llmkd.evaluation.score_plots import draw_histogram, draw_reliability, draw_scatter
 from llmkd.files import write_json, write_text
-from llmkd.methods.deqa_finish import agreement, json_lines, prediction_rows
+from llmkd.methods.deqa_finish import agreement, json_lines, prediction_rows, shared_table
 from llmkd.methods.run_folder import check_writable
 from llmkd.models.build import DTYPES
 from llmkd.models.scorer import SavedLevels, Scorer, ScoreTable
@@ -40,8 +41,13 @@ SHOWN = ("plcc", "srcc", "mae", "rmse", "std_plcc", "kl")
 
 
 def main(words: Sequence[str]) -> Path:
-    """Score; returns the folder with table and report."""
+    """Score; returns the folder with table and report. Ranks of a launcher share the rows, and the
+    main one writes.
+    """
     args = parser().parse_args(list(words))
+    state = PartialState()
+    if not state.is_main_process:
+        disable_progress_bars()
     folder = Path(args.output_dir).expanduser()
     check_writable("output_dir", folder)
     if (folder / "run.json").exists():
@@ -52,18 +58,29 @@ def main(words: Sequence[str]) -> Path:
         ways = ("a folder that `llmkd deqa` wrote",)
         raise RecipeError.of("MODEL", args.model, f"has no {LEVELS_FILE}: it is no scorer", *ways)
     config = config_of(args, saved)
-    rows, counts = load_rows_to_score(config, print, values=saved.levels.values_L)
+    say = print if state.is_main_process else _nothing
+    with state.main_process_first():
+        rows, counts = load_rows_to_score(config, say, values=saved.levels.values_L)
     scorer = Scorer(
         args.model,
         max_length=args.max_length,
-        device=args.device,
+        device=args.device or (state.device if state.num_processes > 1 else None),
         dtype=args.dtype,
         revision=args.revision,
         batch_size=args.batch_size,
         key="MODEL",
     )
-    table = scorer.score(rows)
-    return write(folder, args, config, rows, table, saved, counts)
+    table = shared_table(scorer, rows, state.process_index, state.num_processes)
+    try:
+        if state.is_main_process:
+            write(folder, args, config, rows, table, saved, counts)
+    finally:
+        state.wait_for_everyone()
+    return folder
+
+
+def _nothing(text: str) -> None:
+    """What other ranks say."""
 
 
 def parser() -> argparse.ArgumentParser:

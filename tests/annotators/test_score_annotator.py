@@ -117,6 +117,14 @@ def test_nan_is_named(tmp_path):
         annotator._scorer.model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(AnnotatorError, match="row 0: the model gave NaN"):
         annotator.annotate(ITEMS)
+    annotator, tokenizer = loaded(name), score_tokenizer()
+    first, second = (tokenizer(" ".join(item.responses))["input_ids"] for item in ITEMS)
+    question = tokenizer("\n".join([*PROMPT.questions, score_levels().prefix]))["input_ids"]
+    only = sorted({*second} - {*first} - {*question})
+    with torch.no_grad():
+        annotator._scorer.model.model.embed_tokens.weight[only] = float("nan")
+    with pytest.raises(AnnotatorError, match=f"row {ITEMS[1].row}: the model gave NaN"):
+        annotator.annotate(ITEMS)
     model = score_llama()
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
