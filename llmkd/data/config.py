@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
+
 from llmkd.errors import RecipeError
 
 STDLIB = "stdlib"
@@ -15,13 +17,22 @@ PACKING_STRATEGIES = ("bfd_split", "bfd")
 
 
 def from_json(key: str, value: Any) -> Any:
-    """A list or mapping as YAML gave it, or parsed from the JSON a command line gave."""
+    """A list or mapping as YAML gave it, or parsed from what a command line gave: JSON, or the same
+    without quotes ({a: {b: 1}}).
+    """
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise RecipeError.of(key, value, f"is not JSON: {error}") from error
+        try:
+            found = yaml.safe_load(value)
+        except yaml.YAMLError:
+            found = None
+        if isinstance(found, list | dict):
+            return found
+        ways = ('["good", "bad"] is a list, {"key": "value"} a mapping',)
+        raise RecipeError.of(key, value, f"is not JSON: {error}", *ways) from error
 
 
 @dataclass(kw_only=True)

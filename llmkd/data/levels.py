@@ -89,7 +89,8 @@ def check_levels(
     except (TypeError, ValueError):
         raise RecipeError.of(key, values, "values must be a list of numbers") from None
     if len(values) != len(words):
-        raise RecipeError.of(key, values, f"{len(words)} words need as many values")
+        problem = f"{len(words)} words need as many values, not {len(values)}"
+        raise RecipeError.of(f"{key}, values", values, problem, "one value for each word")
     steps = [after - before for before, after in itertools.pairwise(values)]
     one_way = all(step > 0 for step in steps) or all(step < 0 for step in steps)
     if not one_way or not all(map(math.isfinite, values)):
@@ -165,7 +166,7 @@ def _ways(
 class LevelConfig:
     """Levels, and how the model is asked and answers."""
 
-    level_words: list[Any] | str = field(
+    level_words: list[Any] | str | None = field(
         default_factory=lambda: [*QUALITY],
         metadata={
             "help": "JSON list of level words, best or worst first, each one token of the model's "
@@ -184,7 +185,7 @@ class LevelConfig:
         metadata={"help": "Beginning of the answer, right before the level word; no blank at end."},
     )
     answer_suffix: str = field(default=".", metadata={"help": "What follows the level word."})
-    questions: list[Any] | str = field(
+    questions: list[Any] | str | None = field(
         default_factory=lambda: [*QUESTIONS],
         metadata={
             "help": "JSON list of questions of one meaning: each training row is asked with one of "
@@ -197,6 +198,7 @@ class LevelConfig:
 
     def __post_init__(self) -> None:
         words = from_json("level_words", self.level_words)
+        words = [*QUALITY] if words is None else words
         values = from_json("level_values", self.level_values)
         if not isinstance(words, list | tuple):
             raise RecipeError.of("level_words", words, "must be a list", '["good", "bad"]')
@@ -205,6 +207,7 @@ class LevelConfig:
         words, values = check_levels(words, values, key="level_words")
         self.level_words, self.level_values = [*words], [*values]
         asked = from_json("questions", self.questions)
+        asked = [*QUESTIONS] if asked is None else asked
         if not isinstance(asked, list | tuple) or not asked:
             raise RecipeError.of("questions", asked, "must be a list of at least one question")
         if not all(isinstance(one, str) and one.strip() for one in asked):

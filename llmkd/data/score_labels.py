@@ -97,7 +97,8 @@ class Reader:
             return None
         std = self._number(number, column, row[column], "")
         if std < 0:
-            raise self.refuse(number, column, std, "a standard deviation is at least 0")
+            problem = "a standard deviation is at least 0"
+            raise self.refuse(number, column, std, problem, "drop the row, or leave it null")
         return std
 
     def _count(self, number: int, row: Mapping[str, Any]) -> int | None:
@@ -112,7 +113,8 @@ class Reader:
     def _probs(self, number: int, column: str, row: Mapping[str, Any]) -> tuple[float, ...]:
         probs = self._levels(number, column, row[column])
         if min(probs) < 0 or abs(sum(probs) - 1) > SUM:
-            raise self.refuse(number, column, probs, "must be at least 0 and sum to one")
+            problem = f"must be at least 0 and sum to one, not {sum(probs):g}"
+            raise self.refuse(number, column, probs, problem, "logits_column takes logits")
         return tuple(p / sum(probs) for p in probs)
 
     def _logits(self, number: int, column: str, row: Mapping[str, Any]) -> tuple[float, ...]:
@@ -126,7 +128,8 @@ class Reader:
         found = self._list(number, column, value, "has no numbers")
         if len(found) != self.levels:
             problem = f"holds {len(found)} numbers for {self.levels} levels"
-            raise self.refuse(number, column, found, problem)
+            way = "level_words: one word for each number"
+            raise self.refuse(number, column, found, problem, way)
         return [self._number(number, column, one, "a number is missing") for one in found]
 
     def _list(self, number: int, column: str, value: Any, none: str) -> list[Any]:
@@ -134,7 +137,8 @@ class Reader:
             try:
                 value = json.loads(value)
             except json.JSONDecodeError:
-                raise self.refuse(number, column, value, "is no list of numbers") from None
+                way = "[3, 4, 2] in JSON, or mean_column for single numbers"
+                raise self.refuse(number, column, value, "is no list of numbers", way) from None
         if value is None or (isinstance(value, list | tuple) and not value):
             raise self.refuse(number, column, value, none, "drop the row")
         if not isinstance(value, list | tuple):
@@ -146,7 +150,7 @@ class Reader:
         if value is None:
             raise self.refuse(number, column, value, none, "drop the row")
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.refuse(number, column, value, "is no number")
+            raise self.refuse(number, column, value, "is no number", "drop or mend the row")
         if not math.isfinite(value):
             raise self.refuse(number, column, value, "is NaN or infinite", "drop the row")
         return float(value)
@@ -222,6 +226,9 @@ def on_levels(
         tally.add("clipped")
     low, extent = min(values), max(values) - min(values)
     factor = extent / (scale.high - scale.low)
+    widest = (scale.high - scale.low) / math.sqrt(2)  # two raters, one at either end
+    if scale.known and said.std is not None and said.std > widest + slack:
+        raise refuse(said.std, f"no ratings of this scale have a std above {widest:.3g}")
 
     def moved(value: float) -> float:
         share = (value - scale.low) / (scale.high - scale.low)

@@ -7,6 +7,7 @@ where nobody knows), `n`, `ratings`, `probs`.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,8 +159,10 @@ def _read(config: ScoreDataConfig, key: str, levels: int) -> list[_Raw]:
     columns = _columns(config)
     for column, its_key in columns.items():
         if column not in table.column_names:
-            problem = f"{name} ({split}) has no such column; it has {', '.join(table.column_names)}"
-            raise DataError.of(its_key, column, problem)
+            where = f"{name} ({split})" if key != "score_eval_dataset" else f"{name} ({key})"
+            problem = f"{where} has no such column; it has {', '.join(table.column_names)}"
+            near = difflib.get_close_matches(column, table.column_names, n=1)
+            raise DataError.of(its_key, column, problem, *(f"did you mean {n!r}?" for n in near))
     table = _undecoded(table.select_columns(list(columns)), config)
     reader = Reader(config, levels, key, name)
     place = Path(name).expanduser()

@@ -9,7 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, disable_progress_bars
 
 from llmkd.data.score_config import ScoreDataConfig, ScoreInputConfig
@@ -45,7 +47,7 @@ def main(words: Sequence[str]) -> Path:
     main one writes.
     """
     args = parser().parse_args(list(words))
-    state = PartialState()
+    state = _ranks(args.device)
     if not state.is_main_process:
         disable_progress_bars()
     folder = Path(args.output_dir).expanduser()
@@ -64,7 +66,7 @@ def main(words: Sequence[str]) -> Path:
     scorer = Scorer(
         args.model,
         max_length=args.max_length,
-        device=args.device or (state.device if state.num_processes > 1 else None),
+        device=state.device if state.num_processes > 1 else args.device,
         dtype=args.dtype,
         revision=args.revision,
         batch_size=args.batch_size,
@@ -77,6 +79,13 @@ def main(words: Sequence[str]) -> Path:
     finally:
         state.wait_for_everyone()
     return folder
+
+
+def _ranks(device: str | None) -> PartialState:
+    """The processes of a launcher, each with its own device; or this one alone."""
+    # Left to itself PartialState takes ranks without a GPU for so many processes alone.
+    cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=cpu or not torch.accelerator.is_available())
 
 
 def _nothing(text: str) -> None:

@@ -79,14 +79,16 @@ def check_groups(rows: Any, args: ScoreConfig) -> None:
             "fidelity_weight",
             args.fidelity_weight,
             f"no pair can be drawn: {alone} of {len(rows)} rows are alone in their group, "
-            f"{without} have no score_std",
+            f"{without} have no known spread (score_std)",
             "--fidelity_weight 0 trains without pairs",
             "--pair_loss binary pairs rows whose raters' spread is unknown",
-            "one group_id for all rows whose scores are of one scale",
+            "one group (group_column) for all rows whose scores are of one scale",
+            "more training rows",
         )
     if alone + without:
         logger.warning(
-            "%d of %d rows draw no pair: %d are alone in their group, %d have no score_std",
+            "%d of %d rows draw no pair: %d are alone in their group, "
+            "%d have no known spread (score_std)",
             alone + without,
             len(rows),
             alone,

@@ -152,3 +152,11 @@ def test_the_recipe_keys():
     ):
         with pytest.raises(RecipeError, match=problem):
             LevelConfig(**settings)
+
+
+def test_a_command_line_gives_lists_as_json_or_yaml():
+    assert LevelConfig(level_words='["good", "bad"]').level_values == [2.0, 1.0]
+    assert LevelConfig(level_words="[good, bad]").level_words == ["good", "bad"]
+    assert LevelConfig(level_words=None, questions=None).level_words == [*QUALITY]
+    with pytest.raises(RecipeError, match=r"(?s)questions.*is a list"):
+        LevelConfig(questions="How good?")

@@ -179,6 +179,14 @@ def test_bad_rows_are_named_before_anything_is_written(tmp_path, what, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_lists_and_mappings_come_from_the_command_line_too(tmp_path, capsys):
+    words = ["--level_words", '["superb", "good"]', "--questions", '["How?"]']
+    error = refused(recipe(tmp_path), capsys, *words)
+    assert "superb" in error and "not one token" in error
+    error = refused(recipe(tmp_path), capsys, "--arms", "{a: {label: onehot}}")
+    assert "arms.a.label: 'onehot'" in error
+
+
 def test_a_level_word_that_splits_is_named_with_a_way_out(tmp_path, capsys):
     words = ["excellent", "middlingly", "bad"]
     error = refused(recipe(tmp_path, level_words=words), capsys)

@@ -319,13 +319,11 @@ def test_rows_without_a_spread_draw_no_pair(tmp_path, caplog):
     rows = [{**row, "score_std": None if row["row"] % 4 == 1 else 0.0} for row in score_rows(4)]
     with caplog.at_level(logging.WARNING, "llmkd"):
         trainer = make(tmp_path, rows=Dataset.from_list(rows), max_steps=1)
-    assert (
-        "1 of 4 rows draw no pair: 0 are alone in their group, 1 have no score_std" in caplog.text
-    )
+    assert "1 of 4 rows draw no pair: 0 are alone in their group, 1 have no known" in caplog.text
     trainer.train()
     assert lines(trainer)[0]["unpaired"] == 0.25
     unknown = Dataset.from_list([{**row, "score_std": None} for row in rows])
-    with pytest.raises(DataError, match=r"no pair can be drawn: .*4 have no score_std"):
+    with pytest.raises(DataError, match=r"no pair can be drawn: .*4 have no known spread"):
         make(tmp_path, rows=unknown)
     binary = make(tmp_path, rows=unknown, pair_loss="binary", max_steps=1)
     binary.train()
