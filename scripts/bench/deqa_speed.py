@@ -26,6 +26,19 @@ ROWS, BATCH, STEPS, WARM = 96, 16, 5, 1
 SMALL = 8  # rows of a training step
 LORA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
+COMMON: dict[str, Any] = {
+    "output_dir": "/tmp/deqa-speed",
+    "per_device_train_batch_size": SMALL,
+    "max_steps": STEPS,
+    "learning_rate": 1e-4,
+    "save_strategy": "no",
+    "report_to": "none",
+    "logging_steps": 4,
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+}
+
 
 def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -121,18 +134,6 @@ def training(variant: str, made: Any) -> dict[str, Any]:
         def on_step_end(self, *args: Any, **keys: Any) -> None:
             marks.append(time.process_time())
 
-    common: dict[str, Any] = {
-        "output_dir": "/tmp/deqa-speed",
-        "per_device_train_batch_size": SMALL,
-        "max_steps": STEPS,
-        "learning_rate": 1e-4,
-        "save_strategy": "no",
-        "report_to": "none",
-        "logging_steps": 4,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-    }
     peft = LoraConfig(r=16, lora_alpha=32, target_modules=LORA)
     torch.manual_seed(0)
     before = peak_mib()
@@ -141,7 +142,7 @@ def training(variant: str, made: Any) -> dict[str, Any]:
 
         masks = [[int(one != -100) for one in row["labels"]] for row in ready]
         plain = Dataset.from_dict({"input_ids": ready["input_ids"], "completion_mask": masks})
-        config = SFTConfig(**common, gradient_checkpointing=False, completion_only_loss=True)
+        config = SFTConfig(**COMMON, gradient_checkpointing=False, completion_only_loss=True)
         trainer: Any = SFTTrainer(
             model, config, train_dataset=plain, processing_class=tokenizer, peft_config=peft
         )
@@ -149,7 +150,7 @@ def training(variant: str, made: Any) -> dict[str, Any]:
         weight = 0.0 if "no pairs" in variant else 1.0
         trainer = ScoreTrainer(
             model,
-            ScoreConfig(**common, fidelity_weight=weight),
+            ScoreConfig(**COMMON, fidelity_weight=weight),
             levels=levels,
             peft_config=peft,
             train_dataset=ready,
