@@ -40,7 +40,7 @@ class ScorePrompt:
     @classmethod
     def of(cls, config: LevelConfig) -> ScorePrompt:
         """That of a recipe."""
-        return cls(tuple(config.questions), config.answer_suffix, config.system_prompt)
+        return cls(tuple(config.questions or ()), config.answer_suffix, config.system_prompt)
 
     def pick(self, row: int, seed: int) -> str:
         """One of the questions, decided by row and seed alone."""
