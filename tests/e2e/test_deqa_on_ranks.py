@@ -44,6 +44,7 @@ def one_rank(tmp_path_factory):
 
 
 def prepared(folder: Path, rows=ROWS, **changes) -> str:
+    folder.mkdir(exist_ok=True)
     write_rows(folder / "rated.jsonl", rows)
     return recipe(folder, **changes)
 
