@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import get_peft_config, get_quantization_config
 
 from llmkd.data.score_tokens import ImageRows, group_ids
@@ -21,7 +19,7 @@ from llmkd.methods.deqa_plan import Plan
 from llmkd.methods.deqa_targets import LevelTarget
 from llmkd.methods.run_folder import RunFolder, check_room, result_settings
 from llmkd.methods.steps import global_batch
-from llmkd.methods.train_folder import begin_or_reuse, disk_needed, train_in
+from llmkd.methods.train_folder import begin_or_reuse, disk_needed, save_trained, train_in
 from llmkd.models.scorer import save_levels
 from llmkd.models.scorer_files import load_level_model
 from llmkd.teachers.loading import load_model
@@ -58,12 +56,6 @@ class Arm:
         self.run = RunFolder(self.folder, main=plan.main)
         self.settings = result_settings(plan.settings(self.changes))
         self.key = plan.key(self.changes, global_batch(self.args))
-
-    @property
-    def merges(self) -> bool:
-        """Whether an adapter can be merged, so that every tool opens the folder."""
-        quantised = get_quantization_config(self.model) is not None
-        return bool(self.model.use_peft) and not quantised and not is_deepspeed_zero3_enabled()
 
     def rows(self, split: str) -> Dataset | ImageRows:
         """A split's rows with this arm's targets, in the trainer's format."""
@@ -152,17 +144,9 @@ def _model(arm: Arm) -> Any:
 
 
 def save(arm: Arm, trainer: ScoreTrainer) -> None:
-    """Scorer, tokenizer or processor and `levels.json` into the folder; ends its run.
-
-    An adapter is merged where that can be, and then lies in `adapter/` as well.
-    """
+    """Scorer, tokenizer or processor and `levels.json` into the folder; ends its run."""
     aside = arm.folder / ".model.part"
-    trainer.save_model(str(aside / "adapter" if arm.merges else aside))
-    if arm.merges and arm.run.main:
-        adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
-        adapted.merge_and_unload().save_pretrained(aside)
-        arm.plan.processor.save_pretrained(aside)
-    PartialState().wait_for_everyone()
+    save_trained(trainer, aside, arm.model, main=arm.run.main)
     if not arm.run.main:
         return
     save_levels(aside, arm.plan.saved_levels())

@@ -18,10 +18,10 @@ from llmkd.evaluation.deqa_report import PREDICTIONS, print_deqa_table, write_de
 from llmkd.evaluation.score_metrics import Scored
 from llmkd.evaluation.score_report import paired_scores, score_report
 from llmkd.files import digest, read_json, write_json, write_text
-from llmkd.hub import push_run
 from llmkd.methods.deqa_arm import Arm
 from llmkd.methods.deqa_plan import Plan
 from llmkd.methods.deqa_targets import people
+from llmkd.methods.train_folder import push_folder
 from llmkd.models.scorer import Scorer, ScoreTable
 from llmkd.teachers.frozen import collect
 from llmkd.teachers.loading import whole_weights
@@ -145,21 +145,9 @@ def finish(plan: Plan, arms: list[Arm]) -> None:
             print_deqa_table(plan.folder)
             plan.say(f"report: {os.path.relpath(page)}")
             if plan.training.push_to_hub:
-                _push(plan)
+                push_folder(plan.folder, plan.training, plan.folder.name, plan.say)
     finally:
         PartialState().wait_for_everyone()
-
-
-def _push(plan: Plan) -> None:
-    args = plan.training
-    url = push_run(
-        plan.folder,
-        args.hub_model_id or "",
-        token=args.hub_token,
-        private=args.hub_private_repo,
-        revision=args.hub_revision,
-    )
-    plan.say(f"pushed {plan.folder.name} to {url}")
 
 
 def _compare(plan: Plan, arms: list[Arm]) -> None:

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from llmkd.evaluation.distill_report import print_arm_table, write_distill_report
 from llmkd.evaluation.latency import compare_latency, model_size
 from llmkd.files import digest, move_into, read_json, write_json
-from llmkd.hub import push_run
 from llmkd.methods.ernie_plan import Plan
 from llmkd.methods.ernie_stage import PROJECTIONS, DistillStage
 from llmkd.methods.recipe import Recipe
 from llmkd.methods.run_folder import RunFolder, result_settings
+from llmkd.methods.train_folder import push_folder
 from llmkd.teachers.loading import load_config, load_model, whole_weights
 
 NOT_EXPORTED = (PROJECTIONS, "run.json", "recipe.yaml", "metrics.jsonl", "eval.json")
@@ -150,7 +150,9 @@ def finish(plan: Plan) -> None:
         if plan.main:
             _report(plan)
             if plan.training.push_to_hub:
-                _push(plan)
+                name = list(plan.arms)[-1]
+                folder = plan.folder / name if name else plan.folder
+                push_folder(folder, plan.training, folder.name, plan.say)
     finally:
         PartialState().wait_for_everyone()  # the others must not wait for a push that was refused
 
@@ -167,15 +169,3 @@ def _report(plan: Plan) -> None:
     page = write_distill_report(plan.folder)
     print_arm_table(plan.folder)
     plan.say(f"report: {os.path.relpath(page)}")
-
-
-def _push(plan: Plan) -> None:
-    args, name = plan.training, list(plan.arms)[-1]
-    url = push_run(
-        plan.folder / name if name else plan.folder,
-        args.hub_model_id or "",
-        token=args.hub_token,
-        private=args.hub_private_repo,
-        revision=args.hub_revision,
-    )
-    plan.say(f"pushed {name or plan.folder.name} to {url}")

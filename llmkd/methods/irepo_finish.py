@@ -13,9 +13,9 @@ from llmkd.evaluation.align_report import print_align_table, write_align_report
 from llmkd.evaluation.align_run import read_rows
 from llmkd.evaluation.policy import reward_mean
 from llmkd.files import move_into, read_json, write_json
-from llmkd.hub import push_run
 from llmkd.methods.irepo_plan import Plan
 from llmkd.methods.irepo_policy import Policy
+from llmkd.methods.train_folder import push_folder
 
 NOT_EXPORTED = ("run.json", "recipe.yaml", "metrics.jsonl", "eval.json")
 
@@ -30,7 +30,7 @@ def finish(plan: Plan, policy: Policy) -> None:
             export(plan, Path(policy.adapter or policy.source))
             _report(plan)
             if plan.training.push_to_hub:
-                _push(plan)
+                push_folder(plan.folder, plan.training, plan.folder.name, plan.say)
     finally:
         PartialState().wait_for_everyone()  # the others must not wait for a push that was refused
 
@@ -77,15 +77,3 @@ def _reward_of_start(plan: Plan) -> None:
     if metrics and values:
         metrics["held_out"]["reward"] = reward_mean(values)
         write_json(path, metrics)
-
-
-def _push(plan: Plan) -> None:
-    args = plan.training
-    url = push_run(
-        plan.folder,
-        args.hub_model_id or "",
-        token=args.hub_token,
-        private=args.hub_private_repo,
-        revision=args.hub_revision,
-    )
-    plan.say(f"pushed {plan.folder.name} to {url}")

@@ -12,7 +12,6 @@ from llmkd.data import load_documents
 from llmkd.evaluation.compare import as_json, compare, print_table
 from llmkd.evaluation.report import write_report
 from llmkd.files import read_json, write_json
-from llmkd.hub import push_run
 from llmkd.methods.recipe import Recipe, read_recipe
 from llmkd.methods.run_folder import check_room
 from llmkd.methods.salt_config import TYPES, check_recipe, with_absolute_paths
@@ -34,6 +33,7 @@ from llmkd.methods.stage import (
     student_config,
     train,
 )
+from llmkd.methods.train_folder import push_folder
 from llmkd.selection import controls, four_cells, has_controls
 from llmkd.selection.controls import CONTROL
 
@@ -91,7 +91,8 @@ def finish(plan: Plan, stages: list[Stage]) -> None:
         if plan.main:
             _report(plan, stages)
             if plan.training.push_to_hub:
-                _push(plan, stages[-1])
+                last = stages[-1]
+                push_folder(last.folder, plan.training, last.name, plan.say)
     finally:
         PartialState().wait_for_everyone()  # the others must not wait for a push that was refused
 
@@ -116,15 +117,3 @@ def _against_random(selection: str, losses: dict[str, float]) -> str:
         return four_cells(selection, losses, "held-out nats/token")
     arms = yaml.safe_dump(controls(selection), default_flow_style=True, width=10_000).strip()
     return f"{CONTROL} rows and hard labels are not all among the arms; the four to add:\n{arms}"
-
-
-def _push(plan: Plan, stage: Stage) -> None:
-    args = plan.training
-    url = push_run(
-        stage.folder,
-        args.hub_model_id or "",
-        token=args.hub_token,
-        private=args.hub_private_repo,
-        revision=args.hub_revision,
-    )
-    plan.say(f"pushed {stage.name} to {url}")

@@ -31,7 +31,13 @@ from llmkd.files import digest, fsync_tree, move_into, write_json
 from llmkd.methods.recipe import Recipe
 from llmkd.methods.run_folder import RunFolder, check_room, result_settings, settings_key
 from llmkd.methods.steps import global_batch, ordered_rows, steps_of
-from llmkd.methods.train_folder import begin_or_reuse, disk_needed, final_scores, train_in
+from llmkd.methods.train_folder import (
+    begin_or_reuse,
+    disk_needed,
+    final_scores,
+    save_trained,
+    train_in,
+)
 from llmkd.models.build import (
     check_vocabulary,
     check_window,
@@ -250,15 +256,7 @@ def _facts(stage: Stage, config: PretrainedConfig) -> dict[str, Any]:
 
 def _save(stage: Stage, trainer: SaltTrainer, scores: dict[str, float]) -> None:
     aside = stage.folder / ".model.part"
-    trainer.save_model(str(aside / "adapter" if stage.student.use_peft else aside))
-    merges = stage.student.use_peft and not is_deepspeed_zero3_enabled()
-    if merges and stage.run.main:
-        # Merged weights at the top: every tool opens the folder, with or without peft.
-        adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
-        merged = adapted.merge_and_unload()
-        merged.save_pretrained(aside)
-        stage.tokenizer.save_pretrained(aside)
-    PartialState().wait_for_everyone()
+    save_trained(trainer, aside, stage.student, main=stage.run.main)
     if not stage.run.main:
         return
     move_into(aside, stage.folder)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import ModelConfig, get_quantization_config
 
+from llmkd.hub import push_run
 from llmkd.methods.run_folder import RunFolder
 from llmkd.trainers.checkpoints import last_whole_checkpoint
 
@@ -83,3 +88,34 @@ class _KeepTime(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.run.keep_time()
+
+
+def save_trained(trainer: Any, aside: Path, config: ModelConfig, *, main: bool) -> None:
+    """Model and tokenizer or processor into `aside`; all ranks call it.
+
+    Of an adapter the merged weights, so that every tool opens the folder, and the adapter itself in
+    `adapter/`. It stays alone, at the top, where the base is quantised, or sharded (ZeRO-3, FSDP)
+    and so whole on no rank.
+    """
+    sharded = is_deepspeed_zero3_enabled() or (
+        trainer.accelerator.distributed_type == DistributedType.FSDP
+    )
+    merges = config.use_peft and get_quantization_config(config) is None and not sharded
+    trainer.save_model(str(aside / "adapter" if merges else aside))
+    if merges and main:
+        adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
+        adapted.merge_and_unload().save_pretrained(aside)
+        trainer.processing_class.save_pretrained(aside)
+    PartialState().wait_for_everyone()
+
+
+def push_folder(folder: Path, args: Any, name: str, say: Callable[[str], None]) -> None:
+    """Push a finished run as its training arguments say; main process only. HubError."""
+    url = push_run(
+        folder,
+        args.hub_model_id or "",
+        token=args.hub_token,
+        private=args.hub_private_repo,
+        revision=args.hub_revision,
+    )
+    say(f"pushed {name} to {url}")
