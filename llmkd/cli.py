@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from llmkd import __version__
 from llmkd.errors import LlmkdError
@@ -119,7 +120,7 @@ def _run(verb: str, words: list[str]) -> int:
     }
     stores = verb == "label" and words[:1] and words[0] in LABEL_VERBS
     if (
-        verb in (*METHODS, "label", "select", "resume")
+        verb in (*METHODS, "score", "label", "select", "resume")
         and not stores
         and not {"-h", "--help", "--help_all"} & set(words)
     ):
@@ -258,10 +259,22 @@ def _eval(words: list[str]) -> int:
     parser = argparse.ArgumentParser("llmkd eval", description=VERBS["eval"])
     cli.add_arguments(parser)
     args = parser.parse_args(words)
+    _check_reads_text(args.model)
     _quiet_libraries()
     code = cli.main(args)
     _remake_report(args.model)
     return code
+
+
+def _check_reads_text(folder: str) -> None:
+    """RecipeError for the run of an image-text scorer: lm_eval, here, asks text alone."""
+    from llmkd.errors import RecipeError
+
+    run = _facts_of(Path(folder).expanduser())
+    if run.get("kind") == "deqa" and (run.get("student") or {}).get("images"):
+        problem = "is an image-text model, and eval runs tasks of text alone"
+        way = f"agreement with people: llmkd report {folder}, or llmkd score MODEL rows.jsonl"
+        raise RecipeError.of("MODEL", folder, problem, way)
 
 
 def _remake_report(folder: str) -> None:
@@ -269,12 +282,30 @@ def _remake_report(folder: str) -> None:
         _write_report(Path(folder))
 
 
-def _write_report(folder: Path) -> Path:
+def _facts_of(folder: Path) -> dict[str, Any]:
+    """The folder's `run.json`; empty where there is none or it is not JSON."""
     from llmkd.files import read_json
 
-    kind = (read_json(folder / "run.json") or {}).get("kind")
-    room, name = REPORTS.get(str(kind), REPORTS["salt"])
-    return getattr(import_module(room), name)(folder)
+    try:
+        found = read_json(folder / "run.json")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write_report(folder: Path) -> Path:
+    from json import JSONDecodeError
+
+    from llmkd.errors import RecipeError
+    from llmkd.files import read_json
+
+    try:
+        kind = (read_json(folder / "run.json") or {}).get("kind")
+        room, name = REPORTS.get(str(kind), REPORTS["salt"])
+        return getattr(import_module(room), name)(folder)
+    except JSONDecodeError as error:
+        problem = f"a file of the run is not JSON: {error}: {error.doc[:40]!r}"
+        raise RecipeError.of("folder", str(folder), problem, "train the run again") from None
 
 
 def _report(words: list[str]) -> int:
@@ -283,9 +314,15 @@ def _report(words: list[str]) -> int:
     parser = argparse.ArgumentParser("llmkd report", description=VERBS["report"])
     parser.add_argument("folder", help="run folder, of one run or of several arms")
     args = parser.parse_args(words)
-    if not (Path(args.folder) / "run.json").is_file():
+    folder = Path(args.folder).expanduser()
+    if not (folder / "run.json").is_file():
         raise MissingFileError.of("folder", args.folder, "holds no run.json", "name a run folder")
-    print(_write_report(Path(args.folder)))
+    page = _write_report(folder)
+    if _facts_of(folder).get("kind") == "deqa":
+        from llmkd.evaluation.deqa_report import print_deqa_table
+
+        print_deqa_table(folder)
+    print(page)
     return 0
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmkd.evaluation.align_harness import BEFORE, harness_rows
 from llmkd.evaluation.page import facts_table, figure, page, table, text, write_picture
 from llmkd.evaluation.score_plots import draw_reliability, draw_scatter
 from llmkd.files import read_json, write_text
@@ -40,6 +41,11 @@ PAIRED = (
     "interval that holds 0 shows no difference. One training seed an arm: its spread is not in it."
 )
 
+HARNESS = (
+    "lm_eval on the models as they are, ± standard error: what the training did to them elsewhere. "
+    "baseline: the model given as --baseline, on the same documents."
+)
+
 
 def write_deqa_report(folder: Path) -> Path:
     """Write `report.html` and its pictures into a run folder; returns the page. What the folder
@@ -51,6 +57,7 @@ def write_deqa_report(folder: Path) -> Path:
     if arms:
         parts += ["<h2>Against people</h2>", _agreement(arms), f'<p class="dim">{WORDS}</p>']
         parts += [_undefined(arms), _paired(folder), _pictures(folder, arms), _groups(arms)]
+        parts.append(_harness(folder, arms))
     else:
         parts.append("<p>No scorer has been measured yet.</p>")
     parts += ["<h2>Training</h2>", _training(arms), "<h2>Rows</h2>", _rows(run)]
@@ -65,6 +72,9 @@ def print_deqa_table(folder: Path) -> None:
     from rich.table import Table
 
     arms = _arms(folder, read_json(folder / "run.json") or {})
+    if not arms:
+        print("no scorer has been measured yet")
+        return
     title = "held-out rows against people"
     grid = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     grid.add_column("arm", no_wrap=True)
@@ -189,6 +199,25 @@ def _groups(arms: Mapping[str, Any]) -> str:
             shown = {f"{group} ({one['rows']})": one["measures"] for group, one in groups.items()}
             parts.append(f"<h2>{text(name or 'Groups')}, by group</h2>{measures_table(shown)}")
     return "".join(parts)
+
+
+def _harness(folder: Path, arms: Mapping[str, Any]) -> str:
+    """What `llmkd eval` found: a line a metric, a column an arm; before it stands `--baseline`."""
+    sources = {name: found for name, (found, _) in arms.items()}
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for name, scores in {**sources, BEFORE: read_json(folder / "eval.json") or {}}.items():
+        for task, metric, count, before, after, _ in harness_rows(scores):
+            line = lines.setdefault((task, metric, count), {})
+            if name in sources:
+                line[name] = after
+            if before != "-":
+                line[BEFORE] = before
+    if not lines:
+        return ""
+    columns = [*([BEFORE] if any(BEFORE in line for line in lines.values()) else []), *sources]
+    heads = ["task", "metric", "documents", *(name or "scorer" for name in columns)]
+    rows = [[*key, *(line.get(name, "-") for name in columns)] for key, line in lines.items()]
+    return f'<h2>Evaluation harness</h2>{table(heads, rows)}<p class="dim">{text(HARNESS)}</p>'
 
 
 def _training(arms: Mapping[str, Any]) -> str:

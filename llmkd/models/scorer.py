@@ -166,7 +166,7 @@ class Scorer:
             self.model.train(training)
         if len(wrong := np.flatnonzero(~np.isfinite(logits_NL).all(axis=1))):
             raise NonFiniteError(
-                f"level logits of input {wrong[0]} are {logits_NL[wrong[0]].tolist()}\n"
+                f"level logits of row {rows[wrong[0]]['row']} are {logits_NL[wrong[0]].tolist()}\n"
                 "  - the model's weights may hold NaN: load it anew\n"
                 "  - in float16 hidden states can overflow: use bfloat16 or float32"
             )

@@ -1,12 +1,19 @@
 """Cards of DeQA-Score runs: scorers of texts and images, alone or as arms."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hub_run import load_code
 from huggingface_hub import ModelCard, ModelCardData
+from score_kit import PREFIX, score_llama, score_tokenizer
+from score_kit import VALUES as VALUES_5
 
+from llmkd.data.levels import QUALITY, find_levels
+from llmkd.errors import HubError
 from llmkd.files import write_json, write_text
-from llmkd.hub import DEQA, model_card
+from llmkd.hub import DEQA, model_card, push_run
+from llmkd.models.scorer import Scorer
 
 WORDS, VALUES = ["good", "fair", "bad"], [3.0, 2.0, 1.0]
 RUN = {
@@ -21,12 +28,19 @@ RUN = {
         "validation_rows": 0,
         "eval_rows": 250,
         "scales": {"a": [-4.0, 4.0], "b": [0.0, 100.0]},
+        "counts": {"one_rater": 1200, "all_agree": 0},
     },
     "levels": {"words": WORDS, "values": VALUES, "prefix": "The sentiment is"},
     "student": {"source": "HuggingFaceTB/SmolLM2-135M-Instruct", "images": False},
-    "label": "gauss_tilt",
+    "label": "gauss_tilt(floor=0.1)",
     "schedule": {"fidelity_weight": 1.0, "std_mode": "pred", "use_peft": True},
-    "settings": {"score_dataset": "acl/tweets", "lora_r": 16, "questions": ["How good?"]},
+    "settings": {
+        "score_dataset": "acl/tweets",
+        "label": "gauss_tilt",
+        "lora_r": 16,
+        "questions": ["How good?", "Rate it."],
+        "pair_loss": "fidelity",
+    },
 }
 MEASURES = {
     "plcc": {"value": 0.875, "low": 0.85, "high": 0.9, "words": ""},
@@ -64,14 +78,18 @@ def test_the_card_says_what_was_measured_and_what_not(tmp_path):
         "A scorer of texts (`LlamaForCausalLM`)",
         'scorer = Scorer("me/rates", revision="v1")',
         'print(scorer("Put a text here"))',
-        "`llmkd score me/rates rows.jsonl`",
+        "`score` and `std` are in levels, 1 to 3.",
+        "`llmkd score me/rates rows.jsonl --revision v1`",
         "through the template `Text: {text}`",
         "On held-out rows (250 rows):",
         "| Pearson correlation (PLCC) with the mean rating | 0.875 | 0.850 to 0.900 |",
         "| Spearman correlation (SRCC) with the mean rating | 0.812 | - |",
         "| levels | good (3), fair (2), bad (1) |",
+        "| asked | How good? (2 wordings in training, this one for scoring) |",
         "Raters' scale: -4 to 4 (a), 0 to 100 (b).",
-        "| level targets | gauss_tilt |",
+        "Counted: one_rater 1,200.",
+        "| level targets | gauss_tilt(floor=0.1) |",
+        "| loss on pairs | fidelity |",
         "| LoRA rank | 16 |",
         "Whether the predicted spread is people's: their spread is not known.",
         "one run, seed 7",
@@ -80,6 +98,7 @@ def test_the_card_says_what_was_measured_and_what_not(tmp_path):
     ):
         assert part in text, part
     assert "spread |" not in text.split("## Levels")[0]  # std_plcc has no value
+    assert text.count("| level targets |") == 1 and "Beside the other arms" not in text
 
 
 def test_a_scorer_of_images_and_a_folder_without_numbers(tmp_path):
@@ -87,7 +106,12 @@ def test_a_scorer_of_images_and_a_folder_without_numbers(tmp_path):
         tmp_path / "iqa",
         student={"source": "/home/me/model", "images": True},
         schedule={"use_peft": False},
-        settings={"score_dataset": "/home/me/rows.jsonl", "lora_r": 16},
+        settings={
+            "score_dataset": "/home/me/rows.jsonl",
+            "image_column": "image",
+            "text_template": None,
+            "lora_r": 16,
+        },
     )
     (folder / "eval.json").unlink()
     data, text = read_card(folder, repo_id=None)
@@ -103,12 +127,85 @@ def test_a_token_in_the_recipe_stays_out(tmp_path):
     assert secret not in read_card(folder)[1]
 
 
-@pytest.mark.parametrize("arms", [None, {"a": {}}])
-def test_the_card_of_the_run_above_arms_never_passes_for_a_model(tmp_path, arms):
-    from llmkd.errors import HubError
-    from llmkd.hub import push_run
+PAIR = '("Put a text here", "and its pair here")'
+INPUTS = {
+    "text": ({"text_column": "tweet"}, '"Put a text here"'),
+    "pair": ({"text_column": "src", "text_pair_column": "mt"}, PAIR),
+    "pair in a template": (
+        {"text_pair_column": "mt", "text_template": "{text} => {text_pair}"},
+        PAIR,
+    ),
+    "other columns": (
+        {"text_template": "{title}: {body}"},
+        '{"text": "Put a text here, as the template makes it"}',
+    ),
+    "chat": (
+        {"messages_column": "messages"},
+        '[{"role": "user", "content": "Put a question here"}, '
+        '{"role": "assistant", "content": "and its answer here"}]',
+    ),
+    "image": ({"image_column": "image"}, 'Path("picture.jpg")'),
+    "image and text": (
+        {"image_column": "image", "text_column": "caption"},
+        '{"images": ["picture.jpg"], "text": "Put its text here"}',
+    ),
+}
 
+
+@pytest.mark.parametrize("what", INPUTS)
+def test_the_lines_that_score_take_what_the_training_had(tmp_path, what):
+    settings, asked = INPUTS[what]
+    folder = write(tmp_path / "gauss", settings=settings)
+    write_text(folder / "recipe.yaml", "")
+    text = read_card(folder)[1]
+    code = load_code(text)
+    assert f"print(scorer({asked}))" in code
+    kinds = []
+    levels = find_levels(score_tokenizer(), QUALITY, VALUES_5, PREFIX)
+    scorer = Scorer(score_llama(), levels, processor=score_tokenizer(chat=True))
+    scorer.saved = replace(scorer.saved, template=settings.get("text_template"))
+    lines = code[code.index("print(") :].replace("print(scorer(", "kinds.append(scorer.row(", 1)
+    exec(lines, {"kinds": kinds, "scorer": scorer, "Path": Path})
+    given = "images" if "image" in what else "messages" if what == "chat" else "text"
+    assert kinds[0][given]
+    if what == "pair in a template":
+        assert kinds[0]["text"] == "Put a text here => and its pair here"
+
+
+def test_arms_stand_beside_each_other_and_pictures_are_shown(tmp_path):
+    folder = write(tmp_path / "run" / "gauss")
+    (folder / "mean.png").write_bytes(b"")
+    other = {"plcc": {"value": 0.5, "low": 0.4, "high": 0.6, "words": ""}}
+    write_json(tmp_path / "run" / "eval.json", {"arms": {"bin": other, "gauss": MEASURES}})
+    text = read_card(folder)[1]
+    assert "| **gauss** (this model) | 0.875 | 0.812 | 0.250 | - | - |" in text
+    assert "| bin | 0.500 | - | - | - | - |" in text
+    assert "(mean.png)" in text and "(std.png)" not in text
+
+
+@pytest.mark.parametrize(("most", "passes"), [(2, False), (-1, True)])
+def test_passes_are_told_only_where_they_decide(tmp_path, most, passes):
+    settings = {"num_train_epochs": 3.0, "max_steps": most}
+    text = read_card(write(tmp_path / "gauss", settings=settings, steps=2))[1]
+    assert "| steps | 2 |" in text
+    assert ("| passes over the rows | 3 |" in text) is passes
+
+
+def test_one_scale_is_said_once_and_a_loss_that_is_off_has_no_options(tmp_path):
+    data = {"scales": {"a": [0.0, 10.0], "b": [0.0, 10.0]}}
+    schedule = {"fidelity_weight": 0.0, "std_mode": "pred"}
+    text = read_card(write(tmp_path / "gauss", data=data, schedule=schedule))[1]
+    assert "Raters' scale: 0 to 10.\n" in text
+    assert "weight of the loss on pairs | 0 |" in text
+    assert "predicted gap" not in text and "| loss on pairs |" not in text
+
+
+@pytest.mark.parametrize(
+    ("arms", "way"), [(["a"], "push one of its models: .*run/a"), (None, "safetensors")]
+)
+def test_the_card_of_the_run_above_arms_never_passes_for_a_model(tmp_path, arms, way):
     folder = write(tmp_path / "run", arms=arms)
     (folder / "config.json").unlink()
-    with pytest.raises(HubError):
+    with pytest.raises(HubError, match=f"(?s)no whole model in it.*{way}"):
         push_run(folder, "me/rates", token="hf_" + "Ab3" * 11 + "Z")
+    assert not (folder / "README.md").exists()

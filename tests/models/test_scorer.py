@@ -244,7 +244,7 @@ def test_nan_weights_are_an_error():
     model = score_llama()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(NonFiniteError, match="level logits of input 0"):
+    with pytest.raises(NonFiniteError, match="level logits of row 0"):
         scorer(model).score(["a"])
 
 
