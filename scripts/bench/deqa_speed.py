@@ -19,12 +19,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from deqa_rivals import LORA
 
-SCORING = ("ours", "ours, no prefix cache", "whole forward", "generate 1", "generate answer")
-TRAINING = ("score_trainer", "score_trainer, no pairs", "sft_trl")
+SCORING = (
+    "ours",
+    "ours, no prefix cache",
+    "whole forward",
+    "last logits",
+    "generate 1",
+    "generate answer",
+)
+# TRL's head reads the answer's positions alone where Triton runs, all positions on a CPU; "answer's
+# positions" asks it for the former here.
+TRAINING = (
+    "score_trainer",
+    "score_trainer, no pairs",
+    "trainer_hf",
+    "sft_trl, answer's positions",
+    "sft_trl",
+)
 ROWS, BATCH, STEPS, WARM = 96, 16, 5, 1
 SMALL = 8  # rows of a training step
-LORA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 COMMON: dict[str, Any] = {
     "output_dir": "/tmp/deqa-speed",
@@ -97,8 +112,9 @@ def scoring(variant: str, made: Any) -> dict[str, Any]:
                 ids = [{"input_ids": one["input_ids"][: -len(encoder.prefix)]} for one in ids]
             batch = tokenizer.pad(ids, return_tensors="pt")
             with torch.no_grad():
-                if variant == "whole forward":
-                    logits_BL = model(**batch).logits[:, -1, ids_L].double()
+                if variant in ("whole forward", "last logits"):
+                    less = {"logits_to_keep": 1} if variant == "last logits" else {}
+                    logits_BL = model(**batch, **less).logits[:, -1, ids_L].double()
                     said_N[some] = (logits_BL.softmax(-1).numpy() * values_L).sum(-1)
                 else:
                     count = 1 if variant == "generate 1" else len(encoder.prefix) + 2
@@ -112,7 +128,6 @@ def scoring(variant: str, made: Any) -> dict[str, Any]:
 def training(variant: str, made: Any) -> dict[str, Any]:
     """CPU seconds a step, the first ones left out."""
     import torch
-    from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
 
@@ -137,15 +152,8 @@ def training(variant: str, made: Any) -> dict[str, Any]:
     peft = LoraConfig(r=16, lora_alpha=32, target_modules=LORA)
     torch.manual_seed(0)
     before = peak_mib()
-    if variant == "sft_trl":
-        from trl import SFTConfig, SFTTrainer
-
-        masks = [[int(one != -100) for one in row["labels"]] for row in ready]
-        plain = Dataset.from_dict({"input_ids": ready["input_ids"], "completion_mask": masks})
-        config = SFTConfig(**COMMON, gradient_checkpointing=False, completion_only_loss=True)
-        trainer: Any = SFTTrainer(
-            model, config, train_dataset=plain, processing_class=tokenizer, peft_config=peft
-        )
+    if not variant.startswith("score_trainer"):
+        trainer: Any = plain_trainer(variant, model, tokenizer, ready, peft)
     else:
         weight = 0.0 if "no pairs" in variant else 1.0
         trainer = ScoreTrainer(
@@ -160,6 +168,35 @@ def training(variant: str, made: Any) -> dict[str, Any]:
     trainer.train()
     seconds = (marks[-1] - marks[WARM - 1]) / (len(marks) - WARM)
     return {"seconds": seconds, "memory": peak_mib() - before}
+
+
+def plain_trainer(variant: str, model: Any, tokenizer: Any, ready: Any, peft: Any) -> Any:
+    """Cross-entropy of the answer by TRL's trainer or transformers', which makes all logits."""
+    import trl.trainer.utils
+    from datasets import Dataset
+    from peft import get_peft_model
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from trl import SFTConfig, SFTTrainer
+
+    rows = {"input_ids": ready["input_ids"]}
+    if variant == "trainer_hf":
+        return Trainer(
+            get_peft_model(model, peft),
+            TrainingArguments(**COMMON),
+            train_dataset=Dataset.from_dict({**rows, "labels": ready["labels"]}),
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+        )
+    if variant != "sft_trl":
+        trl.trainer.utils._use_triton = lambda device: True  # picks rows here, not kernels
+    rows["completion_mask"] = [[int(one != -100) for one in row["labels"]] for row in ready]
+    config = SFTConfig(**COMMON, gradient_checkpointing=False, completion_only_loss=True)
+    return SFTTrainer(
+        model,
+        config,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+        peft_config=peft,
+    )
 
 
 def compare(args: argparse.Namespace, kind: str, variants: tuple[str, ...]) -> None:
