@@ -80,7 +80,7 @@ CHAT = (
 
 def photo(name: str) -> Image.Image:
     """A photo of scikit-image, its shorter side of 288 pixels."""
-    import skimage.data
+    import skimage.data  # pyright: ignore[reportMissingImports]
 
     path = Path(skimage.data.__file__).parent / name
     with Image.open(path) as found:
