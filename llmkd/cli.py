@@ -341,4 +341,6 @@ def _push(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from llmkd.launch import leave
+
+    leave(main())

@@ -1,11 +1,15 @@
-"""`--accelerate_config NAME`: the same command again, under `accelerate launch`."""
+"""`--accelerate_config NAME`: the same command again, under `accelerate launch`; how ranks end."""
 
 from __future__ import annotations
 
+import atexit
 import difflib
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import NoReturn
 
 from llmkd.errors import RecipeError
 from llmkd.shipped import accelerate_configs
@@ -40,6 +44,28 @@ def relaunch(verb: str, words: list[str], config: str | None, processes: str | N
         command += ["--num_processes", processes]
     command += ["-m", "llmkd.cli", verb, *words]
     return subprocess.run(command).returncode
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code; a rank of a process group ends without finalization.
+
+    Threads of gloo outlive `destroy_process_group` wherever something (DeepSpeed does) still holds
+    a group. One that lets go of a collective's tensors while the interpreter is finalized dies by
+    SIGABRT ("terminate called without an active exception", pytorch/pytorch#179291), and the
+    launcher fails a run whose work is all done.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if not (distributed and distributed.is_available() and distributed.is_initialized()):
+        sys.exit(code)
+    if code == 0:  # after a mistake other ranks may be anywhere: nothing collective
+        distributed.destroy_process_group()
+    # as the interpreter's own end, and as multiprocessing's children do: pushes in the background
+    # are waited for, trackers and temporary folders end
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def config_path(name: str) -> Path:

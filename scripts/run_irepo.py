@@ -3,6 +3,7 @@
 import sys
 
 from llmkd.cli import main
+from llmkd.launch import leave
 
 if __name__ == "__main__":
-    sys.exit(main(["irepo", *sys.argv[1:]]))
+    leave(main(["irepo", *sys.argv[1:]]))

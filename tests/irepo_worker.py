@@ -15,6 +15,7 @@ from pair_kit import irepo_args, pair_rows
 from transformers import AutoModelForCausalLM
 
 from llmkd import IrepoTrainer
+from llmkd.launch import leave
 
 ROWS, HELD_OUT = 12, 7
 
@@ -46,3 +47,4 @@ def run(folder: Path, settings: dict) -> IrepoTrainer:
 
 if __name__ == "__main__":
     run(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    leave(0)
