@@ -14,6 +14,7 @@ import yaml
 from trl import TrlParser
 
 from llmkd.errors import LlmkdError, MissingFileError, RecipeError
+from llmkd.methods.precision import settled
 
 SECRETS = ("hub_token",)
 NEW_FOLDERS = ("general_stages",)  # paths that need not lead anywhere yet
@@ -27,8 +28,8 @@ Kind = TypeVar("Kind")
 class Recipe:
     """Resolved settings: one flat mapping, and the dataclasses made of it.
 
-    `settings` holds every key with its value after defaults, file and flags; `given` only the keys
-    the file or the flags named.
+    `settings` holds every key with its value after defaults, file and flags, and `bf16` off where
+    this CPU is slow at it; `given` only the keys the file or the flags named, as they named them.
     """
 
     settings: dict[str, Any]
@@ -37,15 +38,18 @@ class Recipe:
 
     def build(self, **changes: Any) -> tuple[Any, ...]:
         """The dataclasses, with `changes` laid over the settings."""
-        return build(self.types, {**self.settings, **changes})
+        return build(self.types, self._with(changes))
 
     def build_one(self, kind: type[Kind], **changes: Any) -> Kind:
         """One of the dataclasses, with `changes` laid over the settings."""
-        return build((kind,), {**self.settings, **changes})[0]
+        return build((kind,), self._with(changes))[0]
 
     def with_changes(self, changes: Mapping[str, Any]) -> Recipe:
         """The recipe with an arm's changes laid over it."""
-        return Recipe({**self.settings, **changes}, {**self.given, **changes}, self.types)
+        return Recipe(self._with(changes), {**self.given, **changes}, self.types)
+
+    def _with(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        return settled({**self.settings, **changes})
 
     def public(self) -> dict[str, Any]:
         """What may be written down: the given settings without secrets."""
@@ -150,7 +154,7 @@ def _parse(
     named = set(typed) | {flag.lstrip("-").split("=")[0].replace("-", "_") for flag in flags}
     # --no_packing names packing
     given = {k: v for k, v in settings.items() if k in named or f"no_{k}" in named}
-    return Recipe(settings, given, types)
+    return Recipe(settled(settings), given, types)
 
 
 def method_of(argv: Sequence[str], methods: Mapping[str, tuple[type, ...]]) -> str:
