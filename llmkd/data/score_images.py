@@ -44,7 +44,7 @@ def _one(value: Any, roots: Sequence[Path], refuse: Refuse) -> Any:
     places = [path] if path.is_absolute() else [root / path for root in roots]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        looked = ", ".join(str(place.absolute()) for place in places)
+        looked = ", ".join(dict.fromkeys(os.path.abspath(place) for place in places))
         raise refuse(str(value), f"no such image (looked at {looked})", "image_root: FOLDER")
     return str(found.absolute())
 

@@ -341,9 +341,9 @@ def _report(found: ScoreRows, config: ScoreDataConfig, say: Say) -> None:
         f"rated rows: {len(found.train)} to train on{tune} and {len(found.held_out)} held out, "
         f"from {config.source}{tail}"
     )
-    for group, scale in found.scales.items():
-        where = "" if group is None else f" of {group}"
+    alike = len(set(found.scales.values())) == 1
+    for group, scale in [*found.scales.items()][: 1 if alike else None]:
+        all_of = " of every group" if alike and len(found.scales) > 1 else f" of {group}"
+        where = "" if group is None else all_of
         how = "given" if scale.known else "read off the training rows"
         say(f"raters' scale{where}: {scale.low:g} to {scale.high:g}, {how}")
-        if len(set(found.scales.values())) == 1:
-            break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,9 +213,8 @@ def _local(
     except Exception as error:
         if kind in ("json", "csv") and (blank := [file for file in readable if _blank(file)]):
             raise _is_empty(key, path, blank) from error
-        raise DataError.of(
-            key, str(path), f"cannot be read as {kind}: {_last_line(error)}"
-        ) from error
+        why = (kind == "json" and _broken_line(readable)) or _last_line(error)
+        raise DataError.of(key, str(path), f"cannot be read as {kind}: {why}") from error
 
 
 def _is_empty(key: str, path: Path, files: list[Path]) -> LlmkdError:
@@ -229,6 +229,38 @@ def _blank(file: Path) -> bool:
             return not any(block.strip() for block in iter(lambda: handle.read(1 << 16), b""))
     except OSError:  # not packed at all, or cut off
         return False
+
+
+def _broken_line(files: list[Path]) -> str | None:
+    """The first line that is not JSON, with its file and number; pyarrow names neither."""
+    for file in files:
+        try:
+            with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as handle:
+                for number, line in enumerate(handle, 1):
+                    if not line.strip():
+                        continue
+                    try:
+                        json.loads(line)
+                    except ValueError as error:
+                        if number == 1 and line.lstrip()[:1] in (b"[", b"{") and _is_json(file):
+                            break  # one value over many lines
+                        return f"{file.name}, line {number}: {error}: {_shown(line)}"
+        except (OSError, EOFError) as error:
+            return f"{file.name}: {error}"
+    return None
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as handle:
+            json.load(handle)
+    except ValueError:
+        return False
+    return True
+
+
+def _shown(line: bytes) -> str:
+    return repr(line.strip()[:60].decode("utf-8", "replace"))
 
 
 def _kind(file: Path) -> str | None:
@@ -301,7 +333,10 @@ def _text_only(
     rows = rows.select_columns([column])
     if column != "text":
         rows = rows.rename_column(column, "text")
-    if isinstance(rows, Dataset) and rows.features["text"].dtype == "large_string":
+    if (
+        isinstance(rows, Dataset)
+        and getattr(rows.features["text"], "dtype", None) == "large_string"
+    ):
         rows = rows.cast_column("text", Value("string"))  # parts of a mixture must agree
     head = list(rows.take(100)) if isinstance(rows, IterableDataset) else rows[:100]["text"]
     head = [row["text"] if isinstance(row, dict) else row for row in head]

@@ -125,7 +125,7 @@ class ScoreMetric:
 
 
 def pearson(x_N: np.ndarray, y_N: np.ndarray) -> float:
-    """Pearson's correlation; UndefinedError for fewer than two rows or a constant side."""
+    """Pearson's correlation; UndefinedError for fewer than three rows or a constant side."""
     return _pearson(x_N, y_N)(np.ones(len(x_N)))
 
 
@@ -335,8 +335,8 @@ SCORE_METRICS: dict[str, ScoreMetric] = {
 
 
 def _varies(x_N: np.ndarray, y_N: np.ndarray) -> None:
-    if len(x_N) < 2:
-        raise UndefinedError(f"{len(x_N)} rows: a correlation needs two")
+    if len(x_N) < 3:  # two rows give 1 or -1, whatever they say
+        raise UndefinedError(f"{len(x_N)} rows: a correlation needs three")
     for who, side_N in (("predictions", x_N), ("people's answers", y_N)):
         if np.ptp(side_N) <= SAME * np.abs(side_N).max():
             raise UndefinedError(f"the {who} are all equal")

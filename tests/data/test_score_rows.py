@@ -87,6 +87,18 @@ def test_probabilities_and_logits_need_no_scale(tmp_path):
     assert found.train[0]["probs"] == pytest.approx([0.4, 0.6, 0, 0, 0], abs=1e-6)
 
 
+def test_the_scales_of_groups_are_said(tmp_path):
+    rows = [{"text": f"{n}", "mean": n, "set": "ab"[n % 2]} for n in range(4)]
+    keys = {"score_dataset": write(tmp_path / "rows.jsonl", rows), "mean_column": "mean"}
+    keys |= {"group_column": "set", "eval_fraction": 0.5}
+    _, said = load(ScoreDataConfig(**keys, score_low=0, score_high=4))
+    assert "raters' scale of every group: 0 to 4, given" in said
+    scales = {"a": [0, 4], "b": [0, 5]}
+    _, said = load(ScoreDataConfig(**keys, score_scales=scales))
+    lines = [f"raters' scale of {name}: 0 to {high}, given" for name, (_, high) in scales.items()]
+    assert [line for line in said if line.startswith("raters' scale")] == lines
+
+
 def test_the_scale_is_read_off_the_training_rows_alone(tmp_path):
     name = write(tmp_path / "t.jsonl", [{"text": "a", "mean": 2}, {"text": "b", "mean": 6}])
     other = write(tmp_path / "e.jsonl", [{"text": "c", "mean": 4}, {"text": "d", "mean": 9}])

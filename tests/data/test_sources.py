@@ -121,6 +121,24 @@ def test_broken_json_is_one_error(tmp_path):
         load_documents(DataConfig(dataset=str(path)))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_broken_line_is_named(tmp_path, packed):
+    text = '{"text": "a"}\n\n{"text": "b"\n{"text": "c"}\n'
+    path = tmp_path / ("rows.jsonl" + ".gz" * packed)
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    with pytest.raises(DataError, match=rf"{path.name}, line 3: Expecting .*text.*b"):
+        load_documents(DataConfig(dataset=str(path)))
+
+
+def test_a_list_over_many_lines_is_read_or_named(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"text": "a b"}, {"text": "c d"}], indent=1))
+    assert len(load_documents(DataConfig(dataset=str(path), eval_fraction=0.5)).train) == 1
+    path.write_text(json.dumps([{"text": "a b"}, {"text": 3}], indent=1))  # no broken line
+    with pytest.raises(DataError, match=r"text_column: .*holds int there, not text"):
+        load_documents(DataConfig(dataset=str(path)))
+
+
 def test_folders_of_several_kinds_are_refused(tmp_path):
     write(tmp_path / "a.jsonl", ["x"]), (tmp_path / "b.txt").write_text("y")
     with pytest.raises(DataError, match="several kinds"):

@@ -189,7 +189,9 @@ def test_what_is_missing_is_said():
     assert report.measures["kl"].words == "the predictions have no probs"
     assert report.measures["plcc_logistic"].words == "3 rows are too few to fit four parameters"
     one = score_report(Scored.of([1]), Scored.of([2]), FIVE).measures
-    assert one["srcc"].words == "1 rows: a correlation needs two" and one["mae"].value == 1
+    assert one["srcc"].words == "1 rows: a correlation needs three" and one["mae"].value == 1
+    two = score_report(Scored.of([1, 2]), Scored.of([2, 4]), FIVE, draws=0).measures
+    assert two["plcc"].value is None and two["krcc"].value is None  # 1, whatever they say
 
 
 def test_intervals_hold_the_value_and_narrow_with_rows():
@@ -224,14 +226,14 @@ def test_no_interval_where_it_would_take_minutes(monkeypatch):
 
 def test_groups_are_reported_on_their_own():
     """Two data sets, each ordered backwards, look good together: their means differ."""
-    pred, human = Scored.of([1, 1.5, 4, 4.5]), Scored.of([1.5, 1, 4.5, 4])
-    report = score_report(pred, human, FIVE, groups=["a", "a", "b", "b"], draws=0)
-    assert report.measures["plcc"].value > 0.9
+    pred, human = Scored.of([1, 1.5, 2, 4, 4.5, 5]), Scored.of([2, 1.5, 1, 5, 4.5, 4])
+    report = score_report(pred, human, FIVE, groups=[*"aaabbb"], draws=0)
+    assert report.measures["plcc"].value > 0.8
     assert {name: one.measures["plcc"].value for name, one in report.groups.items()} == {
         "a": pytest.approx(-1),
         "b": pytest.approx(-1),
     }
-    assert report.groups["b"].rows == 2
+    assert report.groups["b"].rows == 3
 
 
 def test_reliability_by_hand():
@@ -306,7 +308,7 @@ ERRORS = [
     ),
     (
         lambda: paired_scores(
-            "plcc", [Scored.of([1, 1])], [Scored.of([1, 2])], Scored.of([1, 2]), FIVE
+            "plcc", [Scored.of([1, 1, 1])], [Scored.of([1, 2, 3])], Scored.of([1, 2, 3]), FIVE
         ),
         DataError,
         "seed 0: the predictions are all equal",
