@@ -18,8 +18,8 @@ import csv
 import itertools
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,16 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gauss_tilt": ("gauss_tilt", {}),
     "histogram": ("histogram", {}),
 }
-PAIRS = ("none", "fixed1", "pred", "pred_detached", "target")
+MIXES = (  # arm and std_mode of its pairs, most wanted first
+    [
+        ("gauss_deqa", "none"),
+        ("gauss_deqa", "fixed1"),
+        ("gauss_deqa", "pred"),
+        ("onehot_bin", "none"),
+        ("onehot_bin", "fixed1"),
+    ],
+    [("gauss_deqa", "pred_detached"), ("gauss_deqa", "target")],
+)
 RATES = {"tweets": (3e-3, 6e-3), "mlqe": (1e-3, 3e-3), "mix": (3e-3,)}
 SEEDS, TUNING = (0, 1, 2), 100
 PARTS = ("tweets", "mlqe", "mix", "ridge", "check")
@@ -217,7 +226,7 @@ def train(world: World, job: Job, rows: dict[str, Any]) -> Any:
         learning_rate=job.rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.03,
-        bf16=True,
+        bf16=not world.args.float32,
         seed=job.seed,
         save_strategy="no",
         eval_strategy="no",
@@ -273,7 +282,7 @@ def one(world: World, job: Job) -> None:
             prefix_cache=False,
             batch_size=32,
         )
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not world.args.float32):
             table = scorer.score(rows[job.split])
         said = {"mean": table.mean_N, "std": table.std_N, "probs": table.probs_NL}
         found[job.split] = {name: numbers.tolist() for name, numbers in said.items()}
@@ -293,12 +302,16 @@ def plcc(world: World, job: Job) -> float:
     return float(np.mean([np.corrcoef(np.array(some).T)[0, 1] for some in by_set]))
 
 
-def best_rate(world: World, job: Job) -> float:
-    """The rate of the best validation PLCC of a set's arm; its seed serves nothing else."""
-    tried = [replace(job, rate=rate, seed=TUNING) for rate in RATES[job.data]]
-    for trial in tried:
-        one(world, trial)
-    return max(tried, key=lambda trial: plcc(world, trial)).rate
+def best_rate(world: World, data: str, arms: Sequence[str]) -> float:
+    """The rate of the best validation PLCC, a mean over `arms`; its seed serves nothing else."""
+
+    def tried(rate: float) -> float:
+        trials = [Job(data, arm, TUNED[data], rate, TUNING) for arm in arms]
+        for trial in trials:
+            one(world, trial)
+        return float(np.mean([plcc(world, trial) for trial in trials]))
+
+    return max(RATES[data], key=tried)
 
 
 def jobs(world: World, what: str) -> Iterator[Job]:
@@ -310,12 +323,12 @@ def jobs(world: World, what: str) -> Iterator[Job]:
                 yield Job(data, "ridge", raters, 0.0, seed)
         return
     if what == "mix":  # the rate of one set alone: pairs are not tuned
-        mixes = [("gauss_deqa", pairs) for pairs in PAIRS]
-        mixes += [("onehot_bin", pairs) for pairs in ("none", "fixed1")]
-        for seed, (arm, pairs) in itertools.product(SEEDS, mixes):
-            yield Job("mix", arm, 3, RATES["mix"][0], seed, pairs)
+        for mixes in MIXES:
+            for seed, (arm, pairs) in itertools.product(SEEDS, mixes):
+                yield Job("mix", arm, 3, RATES["mix"][0], seed, pairs)
         return
-    rates = {arm: best_rate(world, Job(what, arm, TUNED[what], 0.0, 0)) for arm in world.arms}
+    alone = world.args.tuned_on
+    rates = {arm: best_rate(world, what, alone or [arm]) for arm in world.arms}
     for seed, raters in itertools.product(SEEDS, RATERS[what]):
         yield from (Job(what, arm, raters, rates[arm], seed) for arm in world.arms)
 
@@ -365,8 +378,10 @@ def main() -> None:
     parser.add_argument("--english", help="frozen encoder of tweets (all-MiniLM-L6-v2)")
     parser.add_argument("--multilingual", help="frozen encoder of en-de (multilingual-e5-small)")
     parser.add_argument("--layers", type=int, default=10, help="upper layers that train")
+    parser.add_argument("--float32", action="store_true", help="no bf16: CPUs without its kernels")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--arms", nargs="+", default=[*ARMS, "regression"])
+    parser.add_argument("--tuned_on", nargs="+", help="arms whose mean chooses one rate for all")
     args = parser.parse_args()
     prepare(args)
     world = World(args)

@@ -54,7 +54,7 @@ def regression(world: Any, job: Any, rows: dict[str, Any]) -> dict[str, Any]:
     for epoch in range(epochs):
         order = np.random.default_rng([job.seed, epoch]).permutation(len(means_N))
         for ids_BT, last_B, some in batches(world, rows["train"], order, BATCH):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=not world.args.float32):
                 said_B = model(ids_BT, last_B)
             nn.functional.mse_loss(said_B, goal_N[some]).backward()
             nn.utils.clip_grad_norm_(wanted, 1.0)
@@ -64,7 +64,7 @@ def regression(world: Any, job: Any, rows: dict[str, Any]) -> dict[str, Any]:
     model.eval()
     asked = rows[job.split]
     said_N = np.zeros(len(asked))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=not world.args.float32):
         for ids_BT, last_B, some in batches(world, asked, np.arange(len(said_N)), 32):
             said_N[some] = model(ids_BT, last_B).numpy()
     return {job.split: {"mean": (said_N * means_N.std() + means_N.mean()).tolist()}}
