@@ -18,8 +18,8 @@ import csv
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ MIXES = (  # arm and std_mode of its pairs, most wanted first
         ("gauss_deqa", "pred"),
         ("onehot_bin", "none"),
         ("onehot_bin", "fixed1"),
+        ("onehot_round", "none"),
     ],
     [("gauss_deqa", "pred_detached"), ("gauss_deqa", "target")],
 )
@@ -205,7 +206,8 @@ class World:
             found = read_rows(self.out, data, raters, seed)
             drawn = np.random.default_rng([seed, 7]).permutation(len(found.train))[:TRAIN]
             train = [found.train[place] for place in sorted(drawn)]
-            made = {"train": train, "validation": found.validation, "held_out": found.held_out}
+            held_out = found.held_out[:: self.args.every_test_row]
+            made = {"train": train, "validation": found.validation, "held_out": held_out}
             named = {k: [{**row, "group": data} for row in v] for k, v in made.items()}
             self.read[data, raters, seed] = named
         return self.read[data, raters, seed]
@@ -302,16 +304,12 @@ def plcc(world: World, job: Job) -> float:
     return float(np.mean([np.corrcoef(np.array(some).T)[0, 1] for some in by_set]))
 
 
-def best_rate(world: World, data: str, arms: Sequence[str]) -> float:
-    """The rate of the best validation PLCC, a mean over `arms`; its seed serves nothing else."""
-
-    def tried(rate: float) -> float:
-        trials = [Job(data, arm, TUNED[data], rate, TUNING) for arm in arms]
-        for trial in trials:
-            one(world, trial)
-        return float(np.mean([plcc(world, trial) for trial in trials]))
-
-    return max(RATES[data], key=tried)
+def best_rate(world: World, job: Job) -> float:
+    """The rate of the best validation PLCC of a set's arm; its seed serves nothing else."""
+    tried = [replace(job, rate=rate, seed=TUNING) for rate in RATES[job.data]]
+    for trial in tried:
+        one(world, trial)
+    return max(tried, key=lambda trial: plcc(world, trial)).rate
 
 
 def jobs(world: World, what: str) -> Iterator[Job]:
@@ -327,8 +325,7 @@ def jobs(world: World, what: str) -> Iterator[Job]:
             for seed, (arm, pairs) in itertools.product(SEEDS, mixes):
                 yield Job("mix", arm, 3, RATES["mix"][0], seed, pairs)
         return
-    alone = world.args.tuned_on
-    rates = {arm: best_rate(world, what, alone or [arm]) for arm in world.arms}
+    rates = {arm: best_rate(world, Job(what, arm, TUNED[what], 0.0, 0)) for arm in world.arms}
     for seed, raters in itertools.product(SEEDS, RATERS[what]):
         yield from (Job(what, arm, raters, rates[arm], seed) for arm in world.arms)
 
@@ -379,9 +376,9 @@ def main() -> None:
     parser.add_argument("--multilingual", help="frozen encoder of en-de (multilingual-e5-small)")
     parser.add_argument("--layers", type=int, default=10, help="upper layers that train")
     parser.add_argument("--float32", action="store_true", help="no bf16: CPUs without its kernels")
+    parser.add_argument("--every_test_row", type=int, default=1, help="2: half of them")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--arms", nargs="+", default=[*ARMS, "regression"])
-    parser.add_argument("--tuned_on", nargs="+", help="arms whose mean chooses one rate for all")
     args = parser.parse_args()
     prepare(args)
     world = World(args)

@@ -1,6 +1,8 @@
 """Tables of `deqa_grid.py`: means over seeds, paired bootstrap over test rows and seeds.
 
-python scripts/bench/deqa_grid_table.py OUT
+python scripts/bench/deqa_grid_table.py OUT [EVERY]
+
+EVERY is the runs' --every_test_row.
 """
 
 from __future__ import annotations
@@ -71,11 +73,11 @@ def versus(name: str, mine: list[Scored], other: list[Scored] | None, human: Sco
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
+    out, every = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1
     found = runs(out)
     humans = {}
     for data in TEXTS:
-        rows = read_rows(out, data).held_out
+        rows = read_rows(out, data).held_out[::every]
         humans[data] = Scored.of([row["mean"] for row in rows], *people(rows, VALUES.tolist()))
     places = {"tweets": slice(0, len(humans["tweets"].mean_N))}
     places["mlqe"] = slice(len(humans["tweets"].mean_N), None)
@@ -94,7 +96,12 @@ def main() -> None:
             if key[0] == "mix"
         }
         if arms:
-            table(f"### mix, measured on {data}", arms, human, ["gauss_deqa, none"])
+            table(
+                f"### mix, measured on {data}",
+                arms,
+                human,
+                ["gauss_deqa, none", "onehot_bin, none"],
+            )
     seconds = sum(run["seconds"] for some in found.values() for run in some)
     print(f"\n{sum(map(len, found.values()))} test runs, {seconds / 60:.0f} core-minutes")
 
