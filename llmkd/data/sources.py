@@ -6,9 +6,10 @@ import gzip
 import itertools
 import json
 import logging
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from datasets import Dataset, IterableDataset, Value, interleave_datasets, load_dataset
 
@@ -29,6 +30,9 @@ LOADERS = {
     ".csv": "csv",
     ".tsv": "csv",
 }
+
+
+UNPACKED = (OSError, EOFError, zlib.error)  # a .gz that is none, cut off, or damaged
 
 
 @dataclass(frozen=True)
@@ -225,42 +229,48 @@ def _is_empty(key: str, path: Path, files: list[Path]) -> LlmkdError:
 def _blank(file: Path) -> bool:
     """Whether there is nothing but white space in a file, packed or not."""
     try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as handle:
+        with _opened(file) as handle:
             return not any(block.strip() for block in iter(lambda: handle.read(1 << 16), b""))
-    except OSError:  # not packed at all, or cut off
+    except UNPACKED:
         return False
+
+
+def _opened(file: Path) -> IO[bytes]:
+    return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
 
 
 def _broken_line(files: list[Path]) -> str | None:
     """The first line that is not JSON, with its file and number; pyarrow names neither."""
     for file in files:
         try:
-            with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as handle:
-                for number, line in enumerate(handle, 1):
-                    if not line.strip():
-                        continue
-                    try:
-                        json.loads(line)
-                    except ValueError as error:
-                        if number == 1 and line.lstrip()[:1] in (b"[", b"{") and _is_json(file):
-                            break  # one value over many lines
-                        return f"{file.name}, line {number}: {error}: {_shown(line)}"
-        except (OSError, EOFError) as error:
+            if problem := _first_problem(file):
+                return f"{file.name}, {problem}"
+        except UNPACKED as error:
             return f"{file.name}: {error}"
     return None
 
 
-def _is_json(file: Path) -> bool:
+def _first_problem(file: Path) -> str | None:
+    first = True
+    with _opened(file) as handle:
+        for number, line in enumerate(handle, 1):
+            try:
+                json.loads(line if line.strip() else b"0")
+            except (ValueError, RecursionError) as error:
+                if first and line.lstrip()[:1] == b"[":  # one list over many lines
+                    return _not_json(file)
+                return f"line {number}: {error}: {line.strip()[:60].decode('utf-8', 'replace')!r}"
+            first = first and not line.strip()
+    return None
+
+
+def _not_json(file: Path) -> str | None:
     try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as handle:
+        with _opened(file) as handle:
             json.load(handle)
-    except ValueError:
-        return False
-    return True
-
-
-def _shown(line: bytes) -> str:
-    return repr(line.strip()[:60].decode("utf-8", "replace"))
+    except (ValueError, RecursionError) as error:
+        return str(error)
+    return None
 
 
 def _kind(file: Path) -> str | None:

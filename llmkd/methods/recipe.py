@@ -14,7 +14,7 @@ import yaml
 from trl import TrlParser
 
 from llmkd.errors import LlmkdError, MissingFileError, RecipeError
-from llmkd.methods.precision import settled
+from llmkd.methods.precision import warn_of_slow_bf16
 
 SECRETS = ("hub_token",)
 NEW_FOLDERS = ("general_stages",)  # paths that need not lead anywhere yet
@@ -28,8 +28,8 @@ Kind = TypeVar("Kind")
 class Recipe:
     """Resolved settings: one flat mapping, and the dataclasses made of it.
 
-    `settings` holds every key with its value after defaults, file and flags, and `bf16` off where
-    this CPU is slow at it; `given` only the keys the file or the flags named, as they named them.
+    `settings` holds every key with its value after defaults, file and flags; `given` only the keys
+    the file or the flags named.
     """
 
     settings: dict[str, Any]
@@ -38,18 +38,15 @@ class Recipe:
 
     def build(self, **changes: Any) -> tuple[Any, ...]:
         """The dataclasses, with `changes` laid over the settings."""
-        return build(self.types, self._with(changes))
+        return build(self.types, {**self.settings, **changes})
 
     def build_one(self, kind: type[Kind], **changes: Any) -> Kind:
         """One of the dataclasses, with `changes` laid over the settings."""
-        return build((kind,), self._with(changes))[0]
+        return build((kind,), {**self.settings, **changes})[0]
 
     def with_changes(self, changes: Mapping[str, Any]) -> Recipe:
         """The recipe with an arm's changes laid over it."""
-        return Recipe(self._with(changes), {**self.given, **changes}, self.types)
-
-    def _with(self, changes: Mapping[str, Any]) -> dict[str, Any]:
-        return settled({**self.settings, **changes})
+        return Recipe({**self.settings, **changes}, {**self.given, **changes}, self.types)
 
     def public(self) -> dict[str, Any]:
         """What may be written down: the given settings without secrets."""
@@ -154,7 +151,8 @@ def _parse(
     named = set(typed) | {flag.lstrip("-").split("=")[0].replace("-", "_") for flag in flags}
     # --no_packing names packing
     given = {k: v for k, v in settings.items() if k in named or f"no_{k}" in named}
-    return Recipe(settled(settings), given, types)
+    warn_of_slow_bf16(settings)
+    return Recipe(settings, given, types)
 
 
 def method_of(argv: Sequence[str], methods: Mapping[str, tuple[type, ...]]) -> str:

@@ -3,11 +3,13 @@
 import gzip
 import json
 
+import numpy as np
 import pytest
 from conftest import sentences
 from datasets import Dataset, IterableDataset
 
 from llmkd.data import DataConfig, load_documents
+from llmkd.data.sources import _broken_line
 from llmkd.data.stdlib_corpus import stdlib_documents
 from llmkd.errors import DataError, LlmkdError, MissingFileError, RecipeError
 
@@ -130,13 +132,38 @@ def test_a_broken_line_is_named(tmp_path, packed):
         load_documents(DataConfig(dataset=str(path)))
 
 
-def test_a_list_over_many_lines_is_read_or_named(tmp_path):
+def test_a_list_over_many_lines(tmp_path):
     path = tmp_path / "rows.json"
-    path.write_text(json.dumps([{"text": "a b"}, {"text": "c d"}], indent=1))
-    assert len(load_documents(DataConfig(dataset=str(path), eval_fraction=0.5)).train) == 1
-    path.write_text(json.dumps([{"text": "a b"}, {"text": 3}], indent=1))  # no broken line
+    path.write_text("\n" + json.dumps([{"text": "a b"}, {"text": "c d"}], indent=1))
+    assert _broken_line([path]) is None
+    path.write_text('[\n {"text": "a b"},\n {"text": }\n]')
+    with pytest.raises(DataError, match=r"rows\.json, Expecting value: line 3 column 11"):
+        load_documents(DataConfig(dataset=str(path)))
+
+
+def test_a_column_of_two_kinds_is_one_error(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a b"}\n{"text": 3}\n')
     with pytest.raises(DataError, match=r"text_column: .*holds int there, not text"):
         load_documents(DataConfig(dataset=str(path)))
+
+
+@pytest.mark.parametrize("place", [20, 100_000])
+def test_a_damaged_gz_is_one_error(tmp_path, place):
+    make = np.random.default_rng(0)
+    rows = "".join(json.dumps({"text": make.bytes(60).hex()}) + "\n" for _ in range(4000))
+    packed = bytearray(gzip.compress(rows.encode()))
+    for bit in range(64):
+        packed[place + bit] ^= 255
+    (tmp_path / "rows.jsonl.gz").write_bytes(bytes(packed))
+    with pytest.raises(DataError, match=r"dataset: .*cannot be read as json"):
+        load_documents(DataConfig(dataset=str(tmp_path / "rows.jsonl.gz")))
+
+
+def test_a_line_nested_without_end_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n' + '{"text": ' * 200_000 + "\n")
+    assert "rows.jsonl, line 2: " in str(_broken_line([path]))
 
 
 def test_folders_of_several_kinds_are_refused(tmp_path):

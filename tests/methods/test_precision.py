@@ -1,11 +1,11 @@
-"""`bf16: true` of a recipe on CPUs with and without kernels for it."""
+"""bf16 asked of CPUs with and without kernels for it: a warning with a way out, nothing changed."""
 
 import pytest
 import torch
 import yaml
 
 from llmkd.methods import precision
-from llmkd.methods.precision import settled, slow_bf16
+from llmkd.methods.precision import slow_bf16, warn_of_slow_bf16
 from llmkd.methods.recipe import read_recipe
 from llmkd.methods.salt_config import TYPES
 from llmkd.trainers import SaltConfig
@@ -19,6 +19,7 @@ def cpu(monkeypatch):
         monkeypatch.setattr(precision.platform, "machine", lambda: machine)
 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.delenv("RANK", raising=False)
     yield be
     precision._say_once.cache_clear()
 
@@ -33,36 +34,47 @@ def cpu(monkeypatch):
         ("SVE256", "aarch64", False),
     ],
 )
-def test_slow_is_x86_without_avx512(cpu, capability, machine, slow):
+def test_slow_is_x86_without_avx512(cpu, capsys, capability, machine, slow):
     cpu(capability, machine)
     assert slow_bf16() is slow
-    assert settled({"bf16": True})["bf16"] is not slow
+    warn_of_slow_bf16({"bf16": True})
+    assert ("--bf16 false" in capsys.readouterr().err) is slow
 
 
-def test_a_gpu_keeps_bf16_and_use_cpu_does_not(cpu, monkeypatch):
+def test_a_gpu_is_fast_unless_it_is_not_used(cpu, monkeypatch):
     cpu("AVX2")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert settled({"bf16": True})["bf16"] is True
-    assert settled({"bf16": True, "use_cpu": True})["bf16"] is False
-    assert settled({"bf16": False}) == {"bf16": False} and settled({}) == {}
+    assert not slow_bf16() and slow_bf16(use_cpu=True)
 
 
-def test_a_recipe_and_its_arms_train_in_float32_and_say_so_once(cpu, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("settings", "ways"),
+    [
+        ({"bf16": True, "teacher_dtype": "bfloat16"}, "--bf16 false --teacher_dtype float32"),
+        ({"bf16": False, "dtype": "bfloat16"}, "--dtype float32"),
+        ({"bf16": False, "dtype": "float32"}, ""),
+        ({}, ""),
+    ],
+)
+def test_what_is_slow_is_named(cpu, capsys, settings, ways):
+    cpu("AVX2")
+    for _ in range(2):
+        warn_of_slow_bf16(settings)
+    said = capsys.readouterr().err
+    assert said.count("AVX-512") == bool(ways) and said.endswith(f"  - {ways}\n" * bool(ways))
+
+
+def test_only_the_first_rank_speaks(cpu, capsys, monkeypatch):
+    cpu("AVX2")
+    monkeypatch.setenv("RANK", "1")
+    warn_of_slow_bf16({"bf16": True})
+    assert capsys.readouterr().err == ""
+
+
+def test_a_recipe_says_it_and_stays_as_it_is(cpu, tmp_path, capsys):
     cpu("AVX2")
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "run"), "bf16": True}))
     recipe = read_recipe([str(path)], TYPES)
-    arm = recipe.with_changes({"bf16": True})
-    for one in (recipe, arm):
-        assert one.settings["bf16"] is False
-        assert one.public()["bf16"] is True  # what is written down is the recipe as given
-    assert recipe.build_one(SaltConfig, bf16=True).bf16 is False
-    assert capsys.readouterr().err.count("training in float32") == 1
-
-
-def test_a_fast_cpu_trains_as_told(cpu, tmp_path, capsys):
-    cpu("AVX512")
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "run"), "bf16": True}))
-    assert read_recipe([str(path)], TYPES).build_one(SaltConfig).bf16 is True
-    assert capsys.readouterr().err == ""
+    assert recipe.settings["bf16"] is True and recipe.build_one(SaltConfig).bf16 is True
+    assert capsys.readouterr().err.count("bf16: ") == 1
