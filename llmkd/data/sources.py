@@ -9,7 +9,7 @@ import logging
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from datasets import Dataset, IterableDataset, Value, interleave_datasets, load_dataset
 
@@ -235,7 +235,7 @@ def _blank(file: Path) -> bool:
         return False
 
 
-def _opened(file: Path) -> IO[bytes]:
+def _opened(file: Path) -> BinaryIO | gzip.GzipFile:
     return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
 
 
