@@ -292,7 +292,9 @@ class _Search:
                 return self.found[-1]
         ways = [] if path.is_absolute() else [f"looked in {', '.join(map(str, self.roots))}"]
         if value == "held_out.jsonl":
-            ways.append("give the run folder as MODEL, or run where held_out.jsonl lies")
+            ways.append(
+                "runs of llmkd salt hold one: name such a run as MODEL, or start where it is"
+            )
         else:
             ways.append("run in the folder that the path starts from, as lm_eval would have it")
         ways.append("or put the file there, or write its absolute path into the YAML")
