@@ -325,7 +325,10 @@ def jobs(world: World, what: str) -> Iterator[Job]:
             for seed, (arm, pairs) in itertools.product(SEEDS, mixes):
                 yield Job("mix", arm, 3, RATES["mix"][0], seed, pairs)
         return
-    rates = {arm: best_rate(world, Job(what, arm, TUNED[what], 0.0, 0)) for arm in world.arms}
+    one_rate = world.args.rate
+    rates = {
+        arm: one_rate or best_rate(world, Job(what, arm, TUNED[what], 0.0, 0)) for arm in world.arms
+    }
     for seed, raters in itertools.product(SEEDS, RATERS[what]):
         yield from (Job(what, arm, raters, rates[arm], seed) for arm in world.arms)
 
@@ -378,6 +381,7 @@ def main() -> None:
     parser.add_argument("--float32", action="store_true", help="no bf16: CPUs without its kernels")
     parser.add_argument("--every_test_row", type=int, default=1, help="2: half of them")
     parser.add_argument("--epochs", type=float, default=1)
+    parser.add_argument("--rate", type=float, help="one for all arms of a set, tuned on nothing")
     parser.add_argument("--arms", nargs="+", default=[*ARMS, "regression"])
     args = parser.parse_args()
     prepare(args)
