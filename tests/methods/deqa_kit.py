@@ -10,8 +10,9 @@ import numpy as np
 import torch
 import yaml
 from conftest import WORDS
+from PIL import Image
 from safetensors.torch import load_file
-from score_kit import score_llama, score_tokenizer
+from score_kit import image_scorer, score_llama, score_tokenizer
 
 from llmkd.cli import main
 
@@ -43,6 +44,23 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     """A JSONL file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def save_image_scorer(folder: Path) -> str:
+    """An image-text model that training starts from, with its processor."""
+    for part in image_scorer():
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+def pictures(folder: Path, count: int) -> list[dict[str, Any]]:
+    """Files `0.png`, `1.png`, ... of one colour each, and rows that name and rate them, 0 to 10."""
+    rows = []
+    for number in range(count):
+        colour = (240 * number // count, 40, 90)
+        Image.new("RGB", (20, 20), colour).save(folder / f"{number}.png")
+        rows.append({"image": f"{number}.png", "ratings": [number % 11, min(number % 11 + 1, 10)]})
+    return rows
 
 
 def recipe(folder: Path, **changes: Any) -> str:

@@ -12,17 +12,17 @@ from deqa_kit import (
     LORA,
     done,
     lines,
+    pictures,
     rated,
     recipe,
     refused,
     same,
+    save_image_scorer,
     save_scorer,
     stamps,
     weights,
     write_rows,
 )
-from PIL import Image
-from score_kit import image_scorer
 
 from llmkd.cli import main
 from llmkd.files import read_json
@@ -260,15 +260,8 @@ def test_mistakes_name_key_and_way_out(tmp_path, what, capsys):
 
 
 def test_images(tmp_path, capsys):
-    model, processor = image_scorer()
-    model.save_pretrained(tmp_path / "sees")
-    processor.save_pretrained(tmp_path / "sees")
-    rows = []
-    for number in range(10):
-        Image.new("RGB", (20, 20), (25 * number, 40, 90)).save(tmp_path / f"{number}.png")
-        rows.append({"image": f"{number}.png", "ratings": [number, min(number + 1, 10)]})
-    write_rows(tmp_path / "rated.jsonl", rows)
-    keys = {"model_name_or_path": str(tmp_path / "sees"), "image_column": "image"}
+    write_rows(tmp_path / "rated.jsonl", pictures(tmp_path, 10))
+    keys = {"model_name_or_path": save_image_scorer(tmp_path / "sees"), "image_column": "image"}
     path = recipe(tmp_path, **keys, per_device_train_batch_size=4)
     broken = tmp_path / "3.png"
     whole = broken.read_bytes()

@@ -1,9 +1,7 @@
 """Image rows of a DeQA-Score run: ranks share the check of what fits, and a reused run skips it."""
 
 import pytest
-from deqa_kit import done, recipe, write_rows
-from PIL import Image
-from score_kit import image_scorer
+from deqa_kit import done, pictures, recipe, save_image_scorer, write_rows
 
 from llmkd.cli import main
 from llmkd.data.score_tokens import ImageRows
@@ -13,15 +11,8 @@ from llmkd.methods import deqa_plan
 
 @pytest.fixture
 def path(tmp_path):
-    model, processor = image_scorer()
-    model.save_pretrained(tmp_path / "sees")
-    processor.save_pretrained(tmp_path / "sees")
-    rows = []
-    for number in range(8):
-        Image.new("RGB", (20, 20), (30 * number, 40, 90)).save(tmp_path / f"{number}.png")
-        rows.append({"image": f"{number}.png", "ratings": [number, min(number + 1, 10)]})
-    write_rows(tmp_path / "rated.jsonl", rows)
-    keys = {"model_name_or_path": str(tmp_path / "sees"), "image_column": "image"}
+    write_rows(tmp_path / "rated.jsonl", pictures(tmp_path, 8))
+    keys = {"model_name_or_path": save_image_scorer(tmp_path / "sees"), "image_column": "image"}
     return recipe(tmp_path, **keys, per_device_train_batch_size=4, num_train_epochs=1)
 
 

@@ -1,8 +1,7 @@
 """The shipped recipes run as they stand, with a tiny model and a few rows in place of theirs."""
 
-from deqa_kit import lines, rated, save_scorer, write_rows
-from PIL import Image
-from score_kit import image_scorer
+import numpy as np
+from deqa_kit import lines, pictures, rated, save_image_scorer, save_scorer, write_rows
 
 from llmkd.cli import main
 from llmkd.files import read_json
@@ -75,16 +74,12 @@ def test_translation_da_arm_by_arm(tmp_path):
 
 
 def test_iqa_vlm_zero3_on_one_rank(tmp_path):
-    model, processor = image_scorer()
-    model.save_pretrained(tmp_path / "sees")
-    processor.save_pretrained(tmp_path / "sees")
-    rows = []
-    for number in range(12):
-        Image.new("RGB", (20, 20), (20 * number, 40, 90)).save(tmp_path / f"{number}.png")
-        data = ("koniq", "kadid")[number % 2]
-        rows.append({"image": f"{number}.png", "dataset": data, "mos": number / 3, "std": 0.5})
+    rows = [
+        {"image": row["image"], "dataset": name, "mos": np.mean(row["ratings"]), "std": 0.5}
+        for row, name in zip(pictures(tmp_path, 12), ["koniq", "kadid"] * 6, strict=True)
+    ]
     given = {
-        "model_name_or_path": str(tmp_path / "sees"),
+        "model_name_or_path": save_image_scorer(tmp_path / "sees"),
         "image_root": str(tmp_path),
         "score_dataset": write_rows(tmp_path / "train.jsonl", rows[:8]),
         "score_eval_dataset": write_rows(tmp_path / "test.jsonl", rows[8:]),
