@@ -293,7 +293,7 @@ class _Search:
         ways = [] if path.is_absolute() else [f"looked in {', '.join(map(str, self.roots))}"]
         if value == "held_out.jsonl":
             ways.append(
-                "runs of llmkd salt hold one: name such a run as MODEL, or start where it is"
+                "a run folder of llmkd salt holds one: name it as MODEL, or start where it lies"
             )
         else:
             ways.append("run in the folder that the path starts from, as lm_eval would have it")
