@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 X86 = ("x86_64", "amd64", "i386", "i686")
-WEIGHTS = ("dtype", "teacher_dtype", "student_dtype", "sampling_dtype")
+WEIGHTS = ("dtype", "teacher_dtype", "sampling_dtype")
 NARROW = ("bfloat16", "bf16")
 
 

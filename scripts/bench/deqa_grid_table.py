@@ -102,8 +102,8 @@ def main() -> None:
                 human,
                 ["gauss_deqa, none", "onehot_bin, none"],
             )
-    seconds = sum(run["seconds"] for some in found.values() for run in some)
-    print(f"\n{sum(map(len, found.values()))} test runs, {seconds / 60:.0f} core-minutes")
+    seconds = sum(run["cpu_seconds"] for some in found.values() for run in some)
+    print(f"\n{sum(map(len, found.values()))} test runs, {seconds / 60:.0f} minutes of CPU time")
 
 
 if __name__ == "__main__":
